@@ -1,0 +1,86 @@
+"""What a run is told: frozen, validated once, standard library only (so that ``--help`` needs no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DType = Literal["auto", "fp32", "bf16", "fp16"]
+Overflow = Literal["error", "truncate-left"]
+Answers = Literal["first", "all", "sample"]
+Combine = Literal["max", "mean", "logsumexp", "min"]
+
+DEFAULT_MODEL = "smollm2-135m"
+TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; found {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerConfig:
+    """How the model is loaded and run.
+
+    model: alias (``smollm2-135m``), Hugging Face hub id, local folder, or a ``.gguf`` file.
+    dtype: ``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32.
+    device: ``auto`` is the first CUDA device when there is one, otherwise the CPU.
+    attention: name of an attention provider, or ``auto`` for the first one that can run the model.
+    max_batch_tokens: token budget of a pack; None chooses one for the device.
+    overflow: what to do with a prompt that does not fit the model's context with its answer.
+    """
+
+    model: str = DEFAULT_MODEL
+    dtype: DType = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+    attention: str = "auto"
+    max_batch_tokens: int | None = None
+    overflow: Overflow = "error"
+    cache_dir: str | None = None
+    device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise ValueError(f"model must be a name or a path; found {self.model!r}")
+        _check_choice("dtype", self.dtype, get_args(DType))
+        _check_choice("overflow", self.overflow, get_args(Overflow))
+        if self.max_batch_tokens is not None:
+            _check_positive("max_batch_tokens", self.max_batch_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """How a row becomes prompts and answers, and how several answers become one score.
+
+    task: overrides the row's own ``task`` field; None reads it from the row.
+    template: a template of the user's own (see fastscore.tasks); then ``task`` must be None.
+    answers: ``first``, ``all`` (then ``combine`` applies), or ``sample`` (one per row, drawn by ``seed``).
+    key_max_length: candidates are cut to this many tokens.
+    """
+
+    task: str | None = None
+    template: str | None = None
+    answers: Answers = "first"
+    combine: Combine = "max"
+    seed: int = 0
+    key_max_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            _check_choice("task", self.task, TASKS)
+        if self.task is not None and self.template is not None:
+            raise ValueError("task and template exclude each other")
+        _check_choice("answers", self.answers, get_args(Answers))
+        _check_choice("combine", self.combine, get_args(Combine))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number; found {self.seed!r}")
+        _check_positive("key_max_length", self.key_max_length)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # --help and the first pass over the input must not wait for torch
+    import torch
 
 
 class InputError(ValueError):
@@ -120,6 +123,68 @@ class ScoredRow:
     row: Row
     teacher_scores: tuple[float, ...]
     scores: tuple[AnswerScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several requests as one padding-free sequence of T tokens; segment s is ``cu_seqlens_q[s]:cu_seqlens_q[s+1]``.
+
+    A request's last answer token is a target only: it is not among the T tokens. ``request_index[r]`` is the place
+    of the pack's r-th request in what was packed; its answer rows are ``answer_offsets[r]:answer_offsets[r+1]``.
+    """
+
+    token_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    """int32 ``[S + 1]``, as varlen attention wants it; ``seqlens_q`` is the same on the host."""
+    cu_seqlens_k: torch.Tensor
+    seqlens_q: tuple[int, ...]
+    seqlens_k: tuple[int, ...]
+    max_seqlen_q: int
+    max_seqlen_k: int
+    answer_row_A: torch.Tensor
+    """int64: the token whose hidden state predicts each answer token."""
+    target_A: torch.Tensor
+    request_index: tuple[int, ...]
+    answer_offsets: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same pack with its tensors on the device."""
+        return _to_device(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Seq2SeqBatch:
+    """Requests for an encoder-decoder, right-padded: prompts to the encoder ``[B, Lp]``, answers to the decoder.
+
+    ``decoder_ids_BL`` is shifted right (it begins with the decoder's start token); row ``answer_row_A`` of the
+    flattened ``[B * L]`` decoder states predicts ``target_A``.
+    """
+
+    prompt_ids_BP: torch.Tensor
+    prompt_mask_BP: torch.Tensor
+    decoder_ids_BL: torch.Tensor
+    answer_row_A: torch.Tensor
+    target_A: torch.Tensor
+    request_index: tuple[int, ...]
+    answer_offsets: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.prompt_mask_BP.sum()) + self.answer_offsets[-1]
+
+    def to(self, device: torch.device) -> Seq2SeqBatch:
+        """The same batch with its tensors on the device."""
+        return _to_device(self, device)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if hasattr(getattr(batch, f.name), "device")}
+    return replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 @dataclass(slots=True)

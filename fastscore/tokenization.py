@@ -1,0 +1,166 @@
+"""Text to token ids, and the exact span of the answer among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastscore.types import InputError, Pair, ScoringRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastscore.config import Overflow
+
+
+@dataclass(frozen=True, slots=True)
+class PairTokenizer:
+    """Turns pairs into scoring requests.
+
+    max_context: most tokens the model can take at once, or None. The last answer token is never an input, so a
+        causal request may be one longer.
+    vocab_size: token ids given by the user must be below it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    max_context: int | None = None
+    overflow: Overflow = "error"
+    is_encoder_decoder: bool = False
+
+    def truncate_keys(self, keys: Sequence[str], max_length: int) -> list[str]:
+        """Each candidate cut to ``max_length`` tokens: encoded without special tokens and decoded again.
+
+        The round trip is made for short candidates too, as the reference system does: some tokenizers do not give
+        back the very text they were given.
+        """
+        if not keys:
+            return []
+        encoded = self.tokenizer(
+            list(keys), add_special_tokens=False, max_length=max_length, truncation=True, verbose=False
+        )
+        return self.tokenizer.batch_decode(encoded["input_ids"])
+
+    def encode(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
+        """One request per pair, or the reason why there is none, in the order of the pairs."""
+        results: list[ScoringRequest | InputError | None] = [None] * len(pairs)
+        texts: list[int] = []
+        for index, pair in enumerate(pairs):
+            if not isinstance(pair.prompt, str) or not isinstance(pair.answer, str):
+                results[index] = self._from_ids(pair)
+            elif problem := _text_problem(pair.prompt, pair.answer):
+                results[index] = InputError(problem)
+            else:
+                texts.append(index)
+        encode = self._encode_seq2seq if self.is_encoder_decoder else self._encode_causal
+        for index, result in zip(texts, encode([pairs[index] for index in texts]) if texts else (), strict=True):
+            results[index] = result
+        return [self._fit(result) if isinstance(result, ScoringRequest) else _must(result) for result in results]
+
+    def _encode_causal(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
+        if not self.tokenizer.is_fast:
+            return [self._encode_without_offsets(pair) for pair in pairs]
+        texts = [f"{pair.prompt}{pair.answer}" for pair in pairs]
+        encodings = self.tokenizer(texts, return_attention_mask=False, verbose=False).encodings
+        results: list[ScoringRequest | InputError] = []
+        for pair, encoding in zip(pairs, encodings, strict=True):
+            ids, offsets = encoding.ids, encoding.offsets
+            stop = _without_trailing_specials(encoding.special_tokens_mask)
+            # A token belongs to the answer when it ends after the answer's first character begins. Only ends are
+            # looked at: with trimmed offsets a lone space has zero width, and stands at its end.
+            start, boundary = stop, len(pair.prompt)
+            while start > 0 and offsets[start - 1][1] > boundary:
+                start -= 1
+            results.append(_request(ids[:stop], start))
+        return results
+
+    def _encode_without_offsets(self, pair: Pair) -> ScoringRequest | InputError:
+        """For tokenizers in pure Python: the answer begins where the prompt's own tokens stop agreeing."""
+        whole = self.tokenizer(f"{pair.prompt}{pair.answer}", verbose=False)["input_ids"]
+        prompt = self.tokenizer(pair.prompt, verbose=False)["input_ids"]
+        if whole and whole[-1] == self.tokenizer.eos_token_id and prompt and prompt[-1] == whole[-1]:
+            whole, prompt = whole[:-1], prompt[:-1]
+        start = 0
+        while start < min(len(whole), len(prompt)) and whole[start] == prompt[start]:
+            start += 1
+        return _request(whole, start)
+
+    def _encode_seq2seq(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
+        """Prompt as the encoder was trained to see it (with its end token), answer without special tokens."""
+        prompts = self.tokenizer([str(pair.prompt) for pair in pairs], verbose=False)["input_ids"]
+        answers = self.tokenizer([str(pair.answer) for pair in pairs], add_special_tokens=False, verbose=False)
+        return [
+            _request([*prompt, *answer], len(prompt))
+            for prompt, answer in zip(prompts, answers["input_ids"], strict=True)
+        ]
+
+    def _from_ids(self, pair: Pair) -> ScoringRequest | InputError:
+        if isinstance(pair.prompt, str) or isinstance(pair.answer, str):
+            return InputError("prompt and answer must be both text or both token ids")
+        for name, ids in (("prompt", pair.prompt), ("answer", pair.answer)):
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    return InputError(f"token id {token!r} in the {name} is not in [0, {self.vocab_size})")
+        return _request([*pair.prompt, *pair.answer], len(pair.prompt))
+
+    def _fit(self, request: ScoringRequest) -> ScoringRequest | InputError:
+        """The request if it fits the model's context, or with its prompt cut, or the error."""
+        if self.max_context is None:
+            return request
+        if self.is_encoder_decoder:
+            excess = request.answer_start - self.max_context
+            answer_fits = request.num_answer_tokens <= self.max_context
+        else:
+            excess = len(request.token_ids) - 1 - self.max_context
+            answer_fits = request.num_answer_tokens <= self.max_context
+        if excess <= 0 and answer_fits:
+            return request
+        lengths = f"{request.answer_start} prompt and {request.num_answer_tokens} answer tokens"
+        if not answer_fits:
+            return InputError(f"the answer alone does not fit the model's context of {self.max_context}: {lengths}")
+        if self.overflow == "error":
+            return InputError(
+                f"{lengths} do not fit the model's context of {self.max_context} "
+                "(--overflow truncate-left cuts the prompt)"
+            )
+        # The tokenizer's own first token (BOS) stays: models behave badly without it.
+        keep = 1 if request.token_ids[0] == self.tokenizer.bos_token_id and request.answer_start > excess + 1 else 0
+        kept = request.token_ids[:keep] + request.token_ids[keep + excess :]
+        return ScoringRequest(kept, request.answer_start - excess)
+
+
+def _request(token_ids: Sequence[int], answer_start: int) -> ScoringRequest | InputError:
+    if answer_start >= len(token_ids):
+        return InputError("the answer leaves no token to score")
+    if answer_start == 0:
+        return InputError(
+            "the prompt is empty: the first answer token has nothing before it (this tokenizer adds no BOS token)"
+        )
+    return ScoringRequest(tuple(token_ids), answer_start)
+
+
+def _without_trailing_specials(special_tokens_mask: Sequence[int]) -> int:
+    """Number of tokens without those that the tokenizer itself put at the end (EOS)."""
+    stop = len(special_tokens_mask)
+    while stop > 0 and special_tokens_mask[stop - 1]:
+        stop -= 1
+    return stop
+
+
+def _text_problem(prompt: str, answer: str) -> str | None:
+    if not answer:
+        return "the answer is empty"
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if "\0" in text:
+            return f"the {name} contains a NUL character"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"the {name} contains a lone surrogate at character {error.start}"
+    return None
+
+
+def _must(result: InputError | None) -> InputError:
+    assert result is not None, "every pair was given a request or an error"
+    return result

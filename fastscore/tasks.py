@@ -1,0 +1,263 @@
+"""Tasks: how a row becomes prompts and answers.
+
+Built-in tasks, ``|`` being where the answer begins:
+
+- ``qa``, ``convsearch``: ``Knowledge: {key}\\n\\nQuestion: {query}\\n\\nAnswer:| {answer}``, each value stripped
+- ``icl``: ``{key}\\n{query}\\n|{answer}``
+- ``chat``: ``{key}\\nSpeaker 1: {query}\\nSpeaker 2:| {answer}``, the candidates may stand in ``history``
+- ``lrlm``: token ids, ``score_inputs[i] + context_inputs + query_inputs | answer_inputs``
+- ``pairs``: ``{context}|{continuation}``
+- ``choices``: ``{context}| {choice}`` for each of ``choices``; no space is added to a choice that begins with one
+
+A template of the user's own takes the place of the built-in ones (:func:`fastscore.templates.parse_template`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastscore.config import TASKS, Answers, TaskConfig
+from fastscore.templates import Template, parse_template
+from fastscore.types import InputError, Pair, Row, RowPairs
+
+LRLM_FIELDS = ("query_inputs", "answer_inputs", "context_inputs", "score_inputs")
+"""Fields of token ids that the ``lrlm`` task reads and leaves out of its output."""
+
+TruncateKeys = Callable[[list[str]], list[str]]
+
+_QA = parse_template("Knowledge: {key}\n\nQuestion: {query}\n\nAnswer: {answer}", strip=True)
+_TEMPLATES = {
+    "qa": _QA,
+    "convsearch": _QA,
+    "icl": parse_template("{key}\n{query}\n{answer}"),
+    "chat": parse_template("{key}\nSpeaker 1: {query}\nSpeaker 2: {answer}"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The task of a row: one of ``TASKS``, or ``template``. ``template`` is None where no text is put together."""
+
+    name: str
+    template: Template | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A row whose every field was found to be right. ``build`` makes the pairs from the truncated ``keys``."""
+
+    num_candidates: int
+    num_answers: int
+    keys: list[str]
+    build: Callable[[Sequence[str]], list[Pair]]
+
+
+def make_task(config: TaskConfig, row: Row) -> Task:
+    """The task of a row: the configured template or task, or else what the row's ``task`` field names.
+
+    Raises:
+        InputError: the template is malformed, or there is no such task.
+    """
+    if config.template is not None:
+        return Task("template", parse_template(config.template))
+    name = config.task if config.task is not None else row.data.get("task")
+    if name is None:
+        raise row.error(f"missing; expected one of {', '.join(TASKS)} here or as --task", "task")
+    if not isinstance(name, str) or name not in TASKS:
+        raise row.error(f"expected one of {', '.join(TASKS)}, found {_describe(name)}", "task")
+    return Task(name, _TEMPLATES.get(name))
+
+
+def validate_row(row: Row, config: TaskConfig) -> int:
+    """Check every field that the task reads; the number of pairs the row makes. Needs no tokenizer.
+
+    Raises:
+        InputError: naming the row and the field.
+    """
+    plan = _plan(row, config)
+    return plan.num_candidates * plan.num_answers
+
+
+def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys) -> RowPairs:
+    """Check the row and make its pairs. ``truncate_keys`` is called once with all candidates' texts, if there are any.
+
+    Raises:
+        InputError: naming the row and the field.
+    """
+    plan = _plan(row, config)
+    keys = truncate_keys(plan.keys) if plan.keys else []
+    assert len(keys) == len(plan.keys), "truncating gives back every candidate"
+    return RowPairs(row, tuple(plan.build(keys)), plan.num_candidates, plan.num_answers)
+
+
+def output_row(row: Row, config: TaskConfig, teacher_scores: Sequence[float]) -> dict[str, Any]:
+    """The row to write: every field in its order, ``teacher_scores`` added or replaced, lrlm's token ids dropped."""
+    dropped = LRLM_FIELDS if make_task(config, row).name == "lrlm" else ()
+    data = {name: value for name, value in row.data.items() if name not in dropped}
+    data["teacher_scores"] = list(teacher_scores)
+    return data
+
+
+def _plan(row: Row, config: TaskConfig) -> _Plan:
+    task = make_task(config, row)
+    if task.template is not None:
+        return _plan_template(row, task, task.template, config)
+    if task.name == "lrlm":
+        return _plan_lrlm(row)
+    context = _text(row, "context")
+    if task.name == "pairs":
+        continuation = _answer(row, row.data.get("continuation"), "continuation")
+        return _Plan(1, 1, [], lambda _: [Pair(context, continuation)])
+    choices = _list(row, "choices", "a non-empty list of strings")
+    if not choices:
+        raise row.error("expected a non-empty list of strings, found []", "choices")
+    answers = [_answer(row, choice, f"choices[{index}]") for index, choice in enumerate(choices)]
+    joined = [choice if choice[0].isspace() else f" {choice}" for choice in answers]
+    return _Plan(len(joined), 1, [], lambda _: [Pair(context, answer) for answer in joined])
+
+
+def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig) -> _Plan:
+    values = {field: _text(row, field) for field in template.row_fields}
+    keys = _candidates(row, task) if template.has_key else []
+    answers = _answers(row, config.answers, config.seed, list(values.values()))
+
+    def build(truncated: Sequence[str]) -> list[Pair]:
+        candidates = [{**values, "key": key} for key in truncated] if template.has_key else [values]
+        prompts = [template.prompt(candidate) for candidate in candidates]
+        return [Pair(prompt, template.answer(answer)) for prompt in prompts for answer in answers]
+
+    return _Plan(len(keys) if template.has_key else 1, len(answers), keys, build)
+
+
+def _plan_lrlm(row: Row) -> _Plan:
+    if row.data.get("history") is not None:
+        raise row.error("only the chat task takes its candidates from here; the task is 'lrlm'", "history")
+    context = _token_ids(row, row.data.get("context_inputs"), "context_inputs")
+    query = _token_ids(row, row.data.get("query_inputs"), "query_inputs")
+    answer = _token_ids(row, row.data.get("answer_inputs"), "answer_inputs")
+    if not answer:
+        raise row.error("the answer is empty: expected at least one token id", "answer_inputs")
+    score_inputs = _list(row, "score_inputs", "a non-empty list of lists of token ids")
+    if not score_inputs:
+        raise row.error("no candidates: expected a non-empty list of lists of token ids, found []", "score_inputs")
+    prompts: list[tuple[int, ...]] = []
+    for index, ids in enumerate(score_inputs):
+        prompt = (*_token_ids(row, ids, f"score_inputs[{index}]"), *context, *query)
+        if not prompt:
+            raise row.error("the prompt is empty: there is no token before the answer", f"score_inputs[{index}]")
+        prompts.append(prompt)
+    given = [field for field in ("pos", "neg") if row.data.get(field) is not None]
+    num_keys = sum(len(_list(row, field, "a list")) for field in given)
+    if given and num_keys != len(prompts):
+        raise row.error(
+            f"expected one list for each of the {num_keys} candidates in {' + '.join(given)}, found {len(prompts)}",
+            "score_inputs",
+        )
+    return _Plan(len(prompts), 1, [], lambda _: [Pair(prompt, answer) for prompt in prompts])
+
+
+def _candidates(row: Row, task: Task) -> list[str]:
+    if row.data.get("history") is not None:
+        if task.name not in ("chat", "template"):
+            raise row.error(f"only the chat task takes its candidates from here; the task is {task.name!r}", "history")
+        fields = ["history"]
+    else:
+        fields = [field for field in ("pos", "neg") if row.data.get(field) is not None]
+    keys = [
+        _checked(row, key, f"{field}[{index}]")
+        for field in fields
+        for index, key in enumerate(_list(row, field, "a list of strings"))
+    ]
+    if not keys:
+        raise row.error(
+            "no candidates: expected a non-empty list of strings in 'pos', 'neg' or (task chat) 'history'",
+            fields[0] if fields else "pos",
+        )
+    return keys
+
+
+def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> list[str]:
+    """The answers to score. All must be strings; only those that may be scored must have something in them."""
+    field = "answers" if row.data.get("answers") is not None or row.data.get("answer") is None else "answer"
+    found = row.data.get(field)
+    if isinstance(found, str):
+        return [_answer(row, found, field)]
+    if field == "answer" or not isinstance(found, list) or not found:
+        expected = "a string" if field == "answer" else "a non-empty list of strings"
+        raise _mistyped(row, field, expected, found)
+    for index, answer in enumerate(found):
+        if not isinstance(answer, str):
+            raise row.error(f"expected a string, found {_describe(answer)}", f"{field}[{index}]")
+    candidates = found[:1] if which == "first" else found
+    checked = [_answer(row, answer, f"{field}[{index}]") for index, answer in enumerate(candidates)]
+    if which == "sample":
+        # Drawn from what the row says, not from where it stands: order, shards and skipped rows don't change it.
+        key = json.dumps([seed, row.data.get("query_id"), prompt_values, found], default=str)
+        digest = hashlib.sha256(key.encode("utf-8")).digest()
+        return [checked[int.from_bytes(digest[:8], "big") % len(checked)]]
+    return checked
+
+
+def _answer(row: Row, value: Any, field: str) -> str:
+    text = _checked(row, value, field)
+    if not text.strip():
+        raise row.error(f"the answer is empty, found {_describe(text)}", field)
+    return text
+
+
+def _text(row: Row, field: str) -> str:
+    return _checked(row, row.data.get(field), field)
+
+
+def _checked(row: Row, value: Any, field: str) -> str:
+    """The value, if it is a text that a tokenizer takes as it is."""
+    if not isinstance(value, str):
+        raise _mistyped(row, field, "a string", value)
+    if "\0" in value:
+        raise row.error(f"contains a NUL character at character {value.index(chr(0))}", field)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise row.error(f"contains the lone surrogate U+{code:04X} at character {error.start}", field) from None
+    return value
+
+
+def _list(row: Row, field: str, expected: str) -> list[Any]:
+    value = row.data.get(field)
+    if not isinstance(value, list):
+        raise _mistyped(row, field, expected, value)
+    return value
+
+
+def _token_ids(row: Row, value: Any, field: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise _mistyped(row, field, "a list of token ids", value)
+    if not set(map(type, value)) <= {int} or (value and min(value) < 0):
+        index = next(i for i, token in enumerate(value) if type(token) is not int or token < 0)
+        raise row.error(f"expected a whole number of at least 0, found {_describe(value[index])}", f"{field}[{index}]")
+    return tuple(value)
+
+
+def _mistyped(row: Row, field: str, expected: str, value: Any) -> InputError:
+    if value is None and field not in row.data and not field.endswith("]"):
+        return row.error(f"missing; expected {expected}", field)
+    return row.error(f"expected {expected}, found {_describe(value)}", field)
+
+
+def _describe(value: object) -> str:
+    """A value in a few words on one line, whatever its size."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else f"{value[:40]}…")
+    if isinstance(value, int | float):
+        text = repr(value)
+        return text if len(text) <= 40 else f"{text[:40]}…"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "[]"
+    return "an object" if isinstance(value, dict) else f"a value of type {type(value).__name__}"

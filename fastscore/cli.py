@@ -1,0 +1,67 @@
+"""The program ``fastscore``, also ``python -m fastscore``. Nothing here waits for torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fastscore import __version__, cli_score
+from fastscore.cli_score import NO_VALUE
+
+app = typer.Typer(
+    name="fastscore",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command("score", epilog=cli_score.EPILOG)(cli_score.score)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; ends with SystemExit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("-"):
+        from fastscore.run_lm_score import has_own_flags
+        from fastscore.run_lm_score import main as run_lm_score
+
+        if has_own_flags(arguments):
+            run_lm_score(arguments)
+            raise SystemExit(0)
+    app(args=arguments, prog_name="fastscore")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"fastscore {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar=NO_VALUE, help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Score text with a language model: the log-probability of answers given prompts, fast.
+
+    The reference system's run_lm_score flags (--eval_data ...) work here unchanged.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", metavar=NO_VALUE, help="Print it as JSON.")] = False,
+) -> None:
+    """Show versions, devices, what would be used for a run, and what is missing."""
+    from fastscore.doctor import doctor
+    from fastscore.terminal import exit_status
+
+    raise typer.Exit(exit_status(lambda: doctor(as_json=json)))

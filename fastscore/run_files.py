@@ -1,0 +1,261 @@
+"""Files in, scored files out: every input is checked before the model is loaded, every output is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import fastscore
+from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
+from fastscore.tasks import output_row, validate_row
+from fastscore.types import InputError, Row, RunStats, ScoredRow
+
+_REPORT_EVERY_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class FileJob:
+    """The rows of the inputs, one file after another, go to one output."""
+
+    inputs: tuple[Path, ...]
+    output: Path
+
+    @property
+    def errors(self) -> Path:
+        """Where bad rows are recorded."""
+        return self.output.with_name(f"{self.output.name}.errors.jsonl")
+
+    @property
+    def meta(self) -> Path:
+        """Where the run is described."""
+        return self.output.with_name(f"{self.output.name}.meta.json")
+
+
+class Reporter(Protocol):
+    """Told how far a run is."""
+
+    def checking(self, rows: int) -> None: ...
+    def scoring(self, total_pairs: int) -> None: ...
+    def progress(self, stats: RunStats) -> None: ...
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of a job, or of several."""
+
+    rows: int = 0
+    skipped: int = 0
+    ranked_rows: int = 0
+    """Rows with both positives and negatives."""
+    positive_best: int = 0
+    """Ranked rows whose best score is a positive's."""
+    stats: RunStats = field(default_factory=RunStats)
+
+    def count(self, scored: ScoredRow) -> None:
+        self.rows += 1
+        num_pos, num_neg = (_length(scored.row.data.get(name)) for name in ("pos", "neg"))
+        scores = scored.teacher_scores
+        if num_pos and num_neg and num_pos + num_neg == len(scores):
+            self.ranked_rows += 1
+            self.positive_best += max(range(len(scores)), key=scores.__getitem__) < num_pos
+
+
+def plan_jobs(inputs: Sequence[Path], output: Path | None, save_name: str) -> list[FileJob]:
+    """One job for all inputs when there is an output, otherwise one job for each.
+
+    Raises:
+        InputError: an input that is no regular file, an output that would replace an input or another output.
+    """
+    for path in inputs:
+        _check_readable_twice(path)
+    if output is not None:
+        jobs = [FileJob(tuple(inputs), output)]
+    else:
+        jobs = [FileJob((path,), scored_path(path, save_name)) for path in inputs]
+    written: set[str] = set()
+    for job in jobs:
+        for path in (job.output, job.errors, job.meta):
+            refuse_same_file(path, inputs)
+        if (name := os.path.realpath(job.output)) in written:
+            raise InputError("two inputs would be written here; name another output with -o", path=str(job.output))
+        written.add(name)
+    return jobs
+
+
+def run_files(
+    jobs: Sequence[FileJob],
+    scorer_config: ScorerConfig,
+    task_config: TaskConfig,
+    *,
+    reporter: Reporter,
+    skip_bad_rows: bool = False,
+    options: Mapping[str, Any] | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> Tally:
+    """Run the jobs one after another with one model.
+
+    Outputs are seen to be writable and all rows to be valid before torch is imported. A job's output appears when it
+    is whole, and stays when a later job fails. ``options`` go into the metadata; ``on_row`` sees every valid row of
+    the first pass.
+
+    Raises:
+        InputError: naming file, line and field.
+    """
+    started = _now()
+    for job in jobs:
+        for path in (job.output, job.errors, job.meta):
+            _check_writable(path)
+    total_pairs = _check_rows(jobs, task_config, reporter, skip_bad_rows, on_row)
+
+    reporter.scoring(total_pairs)
+
+    from fastscore.scorer import Scorer
+
+    scorer = Scorer.from_config(scorer_config)
+    total = Tally(stats=scorer.stats)
+    for job in jobs:
+        tally = _run_job(job, scorer, task_config, reporter, skip_bad_rows)
+        meta = {
+            "fastscore": fastscore.__version__,
+            "started": started,
+            "finished": _now(),
+            "inputs": [str(path) for path in job.inputs],
+            "output": str(job.output),
+            "options": dict(options or {}),
+            "task": asdict(task_config),
+            "scorer": scorer.describe(),
+            "rows": tally.rows,
+            "skipped": tally.skipped,
+            "ranked_rows": tally.ranked_rows,
+            "positive_best": tally.positive_best,
+            "stats": _counters(tally.stats),
+        }
+        with RowWriter(job.meta) as out:
+            out.write(meta)
+        for name in ("rows", "skipped", "ranked_rows", "positive_best"):
+            setattr(total, name, getattr(total, name) + getattr(tally, name))
+    return total
+
+
+def _check_rows(
+    jobs: Sequence[FileJob],
+    task_config: TaskConfig,
+    reporter: Reporter,
+    skip_bad_rows: bool,
+    on_row: Callable[[Row], None] | None,
+) -> int:
+    """The first pass: the number of pairs in all inputs."""
+    pairs = rows = 0
+    bad: list[InputError] = []
+
+    def on_error(error: InputError, _: str | None) -> None:
+        bad.append(error)
+
+    for path in chain.from_iterable(job.inputs for job in jobs):
+        for row in read_rows(path, on_error if skip_bad_rows else None):
+            try:
+                pairs += validate_row(row, task_config)
+            except InputError as error:
+                if not skip_bad_rows:
+                    raise
+                bad.append(error)
+            else:
+                if on_row is not None:
+                    on_row(row)
+            del bad[1:]  # the first is enough to be named
+            rows += 1
+            if rows % _REPORT_EVERY_ROWS == 0:
+                reporter.checking(rows)
+    if bad and pairs == 0:
+        raise InputError(f"no row can be scored; the first: {bad[0]}")
+    return pairs
+
+
+def _run_job(job: FileJob, scorer: Any, task_config: TaskConfig, reporter: Reporter, skip_bad_rows: bool) -> Tally:
+    before = replace(scorer.stats)
+    tally = Tally()
+    with RowWriter(job.output) as out, BadRows(job.errors) as bad:
+        rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
+        on_bad_row = bad.add_row if skip_bad_rows else None
+        for scored in scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress):
+            out.write(output_row(scored.row, task_config, scored.teacher_scores))
+            tally.count(scored)
+    scorer.stats.flush_padded()
+    tally.skipped = bad.count
+    tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})
+    return tally
+
+
+class BadRows:
+    """Records bad rows in a side file that is there only if there were any; one of an earlier run is removed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._writer: RowWriter | None = None
+
+    def __enter__(self) -> BadRows:
+        return self
+
+    def add_text(self, error: InputError, text: str | None) -> None:
+        """A record that is no row; its text stands in for it."""
+        self._add(error, text)
+
+    def add_row(self, row: Row, error: InputError) -> None:
+        self._add(error, row.data)
+
+    def _add(self, error: InputError, row: Any) -> None:
+        if self._writer is None:
+            self._writer = RowWriter(self.path).__enter__()
+        self.count += 1
+        place = {"path": error.path, "line": error.line, "field": error.field}
+        self._writer.write({**place, "error": error.message, "row": row})
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(exc_type, exc, traceback)
+        elif exc_type is None:
+            self.path.unlink(missing_ok=True)
+
+
+class _GiveUp(Exception):
+    """Leaves a RowWriter's block so that nothing is written."""
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        with RowWriter(path):
+            raise _GiveUp
+    except _GiveUp:
+        return
+
+
+def _check_readable_twice(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # reading it says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError("expected a regular file: rows are checked first and scored after", path=str(path))
+
+
+def _counters(stats: RunStats) -> dict[str, Any]:
+    return {f.name: getattr(stats, f.name) for f in fields(stats) if not f.name.startswith("_")}
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,171 @@
+"""What people see on stderr: log lines, a progress bar, the summary; and errors as one line with an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.box import ROUNDED
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fastscore.run_files import FileJob, Tally
+from fastscore.types import InputError, RunStats
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """Run; 0, or the exit status of what went wrong, which is told in one line.
+
+    A traceback is shown as well when ``FASTSCORE_TRACEBACK`` is 1.
+    """
+    try:
+        with _terminated_cleanly():
+            run()
+    except InputError as error:
+        return _tell(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _tell("interrupted", INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the edge of the program: whatever fails is told here
+        lines = str(error).strip().splitlines()
+        name = type(error).__name__
+        return _tell(f"failed: {name}: {lines[0].strip()}" if lines else f"failed: {name}", FAILED)
+    return 0
+
+
+def _tell(message: str, status: int) -> int:
+    if os.environ.get("FASTSCORE_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"fastscore: {one_line(message)}", file=sys.stderr)
+    return status
+
+
+def one_line(text: str) -> str:
+    """Line ends and terminal controls, which names of files and fields may hold, are shown and not obeyed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like an error, so that unfinished outputs are removed."""
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield
+        return
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Terminal:
+    """A run's reporter. The bar and the spinner appear on a terminal only; ``quiet`` leaves warnings and errors."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+            expand=True,
+        )
+        self._task = self._progress.add_task("checking rows", total=None, speed="")
+
+    @contextmanager
+    def live(self) -> Iterator[Terminal]:
+        """Show log lines, and the bar, until the block is left."""
+        # Bars of the libraries beneath would be drawn across this one, and into logs.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logger, handler = logging.getLogger("fastscore"), _ConsoleHandler(self._console)
+        level, propagate = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if self._quiet else logging.INFO)
+        logger.propagate = False
+        try:
+            with self._progress:
+                yield self
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+    def checking(self, rows: int) -> None:
+        self._progress.update(self._task, completed=rows)
+
+    def scoring(self, total_pairs: int) -> None:
+        self._progress.reset(self._task, total=total_pairs, description="loading the model")
+
+    def progress(self, stats: RunStats) -> None:
+        speed = f"{stats.answer_tokens / max(stats.seconds, 1e-9):,.0f} answer tok/s"
+        self._progress.update(self._task, completed=stats.pairs, speed=speed, description="pairs")
+
+    def summary(self, tally: Tally, jobs: Sequence[FileJob]) -> None:
+        """The figures of a finished run."""
+        if not self._quiet:
+            self._console.print(_summary(tally, jobs))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console that draws the bar, so that neither spoils the other."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        self._console.print(Text(f"fastscore: {one_line(record.getMessage())}", style), soft_wrap=True)
+
+
+def _summary(tally: Tally, jobs: Sequence[FileJob]) -> Table:
+    stats = tally.stats
+    table = Table(show_header=False, box=ROUNDED)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("rows", f"{tally.rows:,}")
+    if tally.skipped:
+        recorded = ", ".join(str(job.errors) for job in jobs if job.errors.exists())
+        table.add_row("bad rows skipped", Text(f"{tally.skipped:,}, recorded in {recorded}", "yellow"))
+    table.add_row("pairs", f"{stats.pairs:,}")
+    table.add_row("tokens computed", f"{stats.tokens_computed:,}")
+    table.add_row("tokens saved", _saved(stats))
+    seconds = max(stats.seconds, 1e-9)
+    speed = f"{stats.tokens_computed / seconds:,.0f} tokens/s, {stats.answer_tokens / seconds:,.0f} answer tokens/s"
+    table.add_row("speed", speed)
+    if tally.ranked_rows:
+        share = tally.positive_best / tally.ranked_rows
+        table.add_row("positive is best", f"{tally.positive_best:,} of {tally.ranked_rows:,} rows ({share:.1%})")
+    table.add_row("output", Text("\n".join(str(job.output) for job in jobs), "bold"))
+    return table
+
+
+def _saved(stats: RunStats) -> str:
+    saved = stats.tokens_padded - stats.tokens_computed
+    share = f" ({abs(saved) / stats.tokens_padded:.1%})" if stats.tokens_padded else ""
+    against = "padded batches of four"
+    return f"{saved:,}{share} against {against}" if saved >= 0 else f"none: {-saved:,}{share} more than {against}"

@@ -348,7 +348,7 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
     for number, folder in folders.items():
         folder.mkdir()
         rows = write_rows(folder / "r.jsonl", [{**ROWS[0], "neg": ["many words " * 25] * 40}] * 500)
-        command = [sys.executable, "-m", "fastscore", "score", rows, "-m", model]
+        command = [sys.executable, "-m", "fastscore", "score", str(rows), "-m", str(model)]
         runs[number] = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         for number, process in runs.items():

@@ -19,7 +19,9 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
 }
-EXTRAS["all"] = sorted({requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]})
+EXTRAS["all"] = sorted(
+    {requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]}
+)
 EXTRAS["dev"] = EXTRAS["all"] + [
     "hypothesis>=6.130",
     "mypy>=1.15",

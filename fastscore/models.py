@@ -1,0 +1,211 @@
+"""Load a model and run packs through it: hidden states of the answer rows, and the head that turns them to logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+
+from fastscore.attention import Provider, choose_provider
+from fastscore.config import ScorerConfig
+from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
+from fastscore.model_source import ModelSource
+from fastscore.packed_forward import packed_hidden, padded_hidden, seq2seq_hidden
+from fastscore.packing import pack_requests, pad_groups, seq2seq_batches
+from fastscore.self_check import check_packed, probe_requests, tolerance_for
+from fastscore.types import InputError, PackedBatch, ScoringRequest, Seq2SeqBatch
+
+logger = logging.getLogger("fastscore")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A loaded model. ``mode`` is ``packed``, ``padded`` (with the reason) or ``encoder-decoder``."""
+
+    model: PreTrainedModel
+    head: LMHead
+    device: torch.device
+    dtype: torch.dtype
+    provider: Provider
+    mode: str
+    reason: str
+    max_batch_tokens: int
+
+    def plan(self, requests: Sequence[ScoringRequest]) -> Sequence[PackedBatch | Seq2SeqBatch]:
+        """Batches for ``answer_hidden``: every request in exactly one."""
+        if self.mode == "encoder-decoder":
+            config = self.model.config
+            return seq2seq_batches(
+                requests,
+                self.max_batch_tokens,
+                start_token=config.decoder_start_token_id,
+                pad_token=config.pad_token_id or 0,
+            )
+        pack = pack_requests if self.mode == "packed" else pad_groups
+        return pack(requests, self.max_batch_tokens)
+
+    @torch.inference_mode()
+    def answer_hidden(self, batch: PackedBatch | Seq2SeqBatch) -> torch.Tensor:
+        """Final hidden states ``[A, D]`` of the tokens that predict the batch's ``target_A``."""
+        if isinstance(batch, Seq2SeqBatch):
+            hidden_BLD = seq2seq_hidden(self.model, batch.prompt_ids_BP, batch.prompt_mask_BP, batch.decoder_ids_BL)
+            hidden_TD = hidden_BLD.flatten(0, 1)
+        elif self.mode == "packed":
+            hidden_TD = packed_hidden(self.model, batch, self.provider.load())
+        else:
+            hidden_TD = padded_hidden(self.model, batch)
+        return hidden_TD[batch.answer_row_A]
+
+
+def load_config(source: ModelSource, config: ScorerConfig) -> Any:
+    """The Hugging Face config of the model.
+
+    Raises:
+        InputError: the model is not there or cannot be read.
+    """
+    return _pretrained(AutoConfig, source, config)
+
+
+def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: the tokenizer is not there or cannot be read.
+    """
+    return _pretrained(AutoTokenizer, source, config)
+
+
+def max_context(hf_config: Any) -> int | None:
+    """Most tokens the model's positions allow, or None for a model without such a limit."""
+    text_config = hf_config.get_text_config()
+    if hasattr(text_config, "relative_attention_num_buckets"):  # T5: its n_positions is no limit
+        return None
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(value := getattr(text_config, name, None), int) and value > 0:
+            return value
+    return None
+
+
+def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> LanguageModel:
+    """Load weights, put them on the device, and find out by a self-check whether packs run through this model.
+
+    Raises:
+        InputError: weights, adapter or device are not there, or the LM head is of an unknown kind.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    provider = choose_provider(config.attention, device.type)
+    auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
+    extra = {"device_map": config.device_map} if config.device_map else {}
+    model: PreTrainedModel = _pretrained(auto, source, config, dtype=dtype, **extra)
+    if config.adapter is not None:
+        model = _with_adapter(model, config.adapter)
+    if not config.device_map:
+        model = model.to(device)  # type: ignore[arg-type]
+    else:
+        device = model.device
+    model.eval().requires_grad_(False)
+
+    head = find_lm_head(model)
+    if hf_config.is_encoder_decoder:
+        mode, reason = "encoder-decoder", "an encoder-decoder is not packed"
+    else:
+        reason = check_packed(model, provider.load(), device)
+        mode = "padded" if reason else "packed"
+    _check_head(model, head, device)
+    loaded = LanguageModel(
+        model=model,
+        head=head,
+        device=device,
+        dtype=dtype,
+        provider=provider,
+        mode=mode,
+        reason=reason,
+        max_batch_tokens=config.max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
+    )
+    if mode == "packed":
+        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(dtype), provider.name)
+    else:
+        logger.warning("%s, %s, not packed: %s", device, _dtype_name(dtype), reason)
+    return loaded
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device when there is one, otherwise the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch asserts when it was built without CUDA
+        raise InputError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32 (emulated bf16 is many times slower)."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if native_bf16(device) else torch.float32
+
+
+def native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: Any) -> Any:
+    options = {"revision": config.revision, "cache_dir": config.cache_dir, "gguf_file": source.gguf_file}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
+    except Exception as error:  # noqa: BLE001 - whatever a broken or foreign model folder makes transformers raise
+        raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Add a LoRA adapter and fold it into the weights, so that a pack runs at the model's own speed."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'") from error
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except Exception as error:  # noqa: BLE001 - as above
+        raise InputError(f"adapter {adapter!r} cannot be loaded: {_first_line(error)}") from error
+    return merged
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> None:
+    """A few tokens through the whole model and through body and head: the logits must agree."""
+    ids_1L = torch.tensor([probe_requests(head.weight_VD.shape[0])[0].token_ids], device=device)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    try:
+        if model.config.is_encoder_decoder:
+            hidden_LD = seq2seq_hidden(model, ids_1L, torch.ones_like(ids_1L), ids_1L)[0]
+            logits_LV = model(input_ids=ids_1L, decoder_input_ids=ids_1L, use_cache=False).logits[0]
+        else:
+            hidden_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+            logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(attention)
+    check_lm_head(head, hidden_LD, logits_LV, tolerance_for(model.dtype))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,0 +1,293 @@
+"""Pairs in, scores out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import transformers
+from fastscore_kernels.answer_nll_reference import answer_nll_reference
+
+from fastscore.aggregate import teacher_scores
+from fastscore.config import DEFAULT_MODEL, Answers, Combine, DType, Overflow, ScorerConfig, TaskConfig
+from fastscore.model_source import resolve_model
+from fastscore.models import LanguageModel, load_config, load_model, load_tokenizer, max_context
+from fastscore.tasks import expand_row, output_row
+from fastscore.tokenization import PairTokenizer
+from fastscore.types import (
+    AnswerScore,
+    InputError,
+    PackedBatch,
+    Pair,
+    Row,
+    RowPairs,
+    RunStats,
+    ScoredRow,
+    ScoringRequest,
+    Seq2SeqBatch,
+)
+
+logger = logging.getLogger("fastscore")
+
+WINDOW_PAIRS = 8192
+"""Pairs that are tokenised, packed and scored together when rows are streamed."""
+
+Progress = Callable[[RunStats], None]
+
+
+class Scorer:
+    """Scores answers with a language model.
+
+    Args are those of :class:`fastscore.config.ScorerConfig`. The tokenizer and the model's config are read here, so
+    that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`.
+
+    Raises:
+        ValueError: a bad argument, or (as ``InputError``) a model that is not there.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        dtype: DType = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        adapter: str | None = None,
+        trust_remote_code: bool = False,
+        attention: str = "auto",
+        max_batch_tokens: int | None = None,
+        overflow: Overflow = "error",
+        cache_dir: str | None = None,
+        device_map: str | None = None,
+    ) -> None:
+        self.config = ScorerConfig(
+            model=model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            attention=attention,
+            max_batch_tokens=max_batch_tokens,
+            overflow=overflow,
+            cache_dir=cache_dir,
+            device_map=device_map,
+        )
+        self._source = resolve_model(model)
+        self._hf_config = load_config(self._source, self.config)
+        self.tokenizer = load_tokenizer(self._source, self.config)
+        self.model_path = self._source.path
+        self.stats = RunStats()
+        self._pair_tokenizer = PairTokenizer(
+            self.tokenizer,
+            vocab_size=self._hf_config.get_text_config().vocab_size,
+            max_context=max_context(self._hf_config),
+            overflow=overflow,
+            is_encoder_decoder=self._hf_config.is_encoder_decoder,
+        )
+
+    @classmethod
+    def from_config(cls, config: ScorerConfig) -> Scorer:
+        """A scorer from a frozen config."""
+        options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
+        return cls(**options)
+
+    def load(self) -> LanguageModel:
+        """Load the weights now (they are loaded on first use otherwise) and return the loaded model."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> LanguageModel:
+        return load_model(self._source, self.config, self._hf_config)
+
+    def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
+        """Score text pairs ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
+
+        Raises:
+            InputError: a pair without a scorable answer, or one that does not fit the model's context.
+        """
+        return self._score_pairs([Pair(prompt, answer) for prompt, answer in pairs])
+
+    def score_tokens(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[AnswerScore]:
+        """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
+
+        Raises:
+            InputError: as for :meth:`score`, or an id outside the vocabulary.
+        """
+        return self._score_pairs([Pair(tuple(prompt), tuple(answer)) for prompt, answer in pairs])
+
+    def score_rows(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        task: str | None = None,
+        *,
+        template: str | None = None,
+        answers: Answers = "first",
+        combine: Combine = "max",
+        seed: int = 0,
+        key_max_length: int = 512,
+    ) -> list[dict[str, Any]]:
+        """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
+
+        ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
+        ``pos + neg`` (or ``history``, or ``choices``); higher is better.
+
+        Raises:
+            InputError: naming the row (counted from 1) and its field.
+        """
+        config = TaskConfig(task, template, answers, combine, seed, key_max_length)
+        numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
+        return [output_row(scored.row, config, scored.teacher_scores) for scored in self.stream_rows(numbered, config)]
+
+    def stream_rows(
+        self,
+        rows: Iterable[Row],
+        task_config: TaskConfig,
+        *,
+        on_bad_row: Callable[[Row, InputError], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[ScoredRow]:
+        """Score rows as they come, a window at a time, in input order.
+
+        A bad row raises, or is handed to ``on_bad_row`` and left out.
+        """
+        for window in _windows(self._expanded(rows, task_config, on_bad_row), WINDOW_PAIRS):
+            pairs = [pair for row_pairs in window for pair in row_pairs.pairs]
+            encoded = self._pair_tokenizer.encode(pairs)
+            kept: list[RowPairs] = []
+            requests: list[ScoringRequest] = []
+            start = 0
+            for row_pairs in window:
+                row_requests = encoded[start : start + len(row_pairs.pairs)]
+                start += len(row_pairs.pairs)
+                error = next((request for request in row_requests if isinstance(request, InputError)), None)
+                if error is None:
+                    kept.append(row_pairs)
+                    requests += row_requests  # type: ignore[arg-type]
+                else:
+                    _report(row_pairs.row, error, on_bad_row)
+            scores = self._score_requests(requests, on_progress)
+            start = 0
+            for row_pairs in kept:
+                row_scores = tuple(scores[start : start + len(row_pairs.pairs)])
+                start += len(row_pairs.pairs)
+                yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, task_config.combine), row_scores)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs here and how, for logs and for a run's metadata. Loads the model."""
+        model = self._model
+        return {
+            "model": self.config.model,
+            "model_path": self.model_path,
+            "revision": self.config.revision,
+            "commit": getattr(self._hf_config, "_commit_hash", None),
+            "adapter": self.config.adapter,
+            "architecture": type(model.model).__name__,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "mode": model.mode,
+            "mode_reason": model.reason,
+            "attention": model.provider.name if model.mode == "packed" else "model's own",
+            "answer_nll": "reference (PyTorch)",
+            "max_batch_tokens": model.max_batch_tokens,
+            "overflow": self.config.overflow,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def _expanded(
+        self, rows: Iterable[Row], config: TaskConfig, on_bad_row: Callable[[Row, InputError], None] | None
+    ) -> Iterator[RowPairs]:
+        truncate = partial(self._pair_tokenizer.truncate_keys, max_length=config.key_max_length)
+        for row in rows:
+            try:
+                yield expand_row(row, config, truncate)
+            except InputError as error:
+                _report(row, error, on_bad_row)
+
+    def _score_pairs(self, pairs: Sequence[Pair]) -> list[AnswerScore]:
+        requests: list[ScoringRequest] = []
+        for index, result in enumerate(self._pair_tokenizer.encode(pairs)):
+            if isinstance(result, InputError):
+                raise InputError(f"pair {index}: {result}") from result
+            requests.append(result)
+        return self._score_requests(requests, None)
+
+    def _score_requests(self, requests: Sequence[ScoringRequest], on_progress: Progress | None) -> list[AnswerScore]:
+        """tokens -> packs -> hidden states of the answer rows -> NLL -> scores, in the order of the requests."""
+        scores: list[AnswerScore | None] = [None] * len(requests)
+        model, stats = self._model, self.stats
+        stats.count_padded([len(request.token_ids) for request in requests])
+        started = time.perf_counter()
+        for batch in model.plan(requests):
+            batch = batch.to(model.device)
+            hidden_AD = model.answer_hidden(batch)
+            nll_A, top1_A = answer_nll_reference(
+                hidden_AD,
+                model.head.weight_VD,
+                batch.target_A,
+                bias=model.head.bias_V,
+                logit_scale=model.head.logit_scale,
+                logit_softcap=model.head.logit_softcap,
+            )
+            for index, score in zip(batch.request_index, _split_scores(batch, nll_A, top1_A), strict=True):
+                scores[index] = score
+            stats.pairs += len(batch.request_index)
+            stats.answer_tokens += batch.answer_offsets[-1]
+            stats.tokens_computed += batch.num_tokens
+            stats.packs += 1
+            stats.pack_tokens += max(model.max_batch_tokens, batch.num_tokens)
+            stats.seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            if on_progress is not None:
+                on_progress(replace(stats))
+        stats.tokens_unpadded += sum(len(request.token_ids) for request in requests)
+        return [_known(score) for score in scores]
+
+
+def _split_scores(
+    batch: PackedBatch | Seq2SeqBatch, nll_A: torch.Tensor, top1_A: torch.Tensor
+) -> Iterator[AnswerScore]:
+    """The answer rows of a batch, request by request.
+
+    Raises:
+        RuntimeError: an NLL that is not finite: the model overflowed, and no score can be trusted.
+    """
+    nlls, greedy = nll_A.tolist(), (top1_A == batch.target_A).tolist()
+    if not bool(nll_A.isfinite().all()):
+        place = int((~nll_A.isfinite()).nonzero()[0, 0])
+        raise RuntimeError(
+            f"the model gave an NLL of {nlls[place]} for answer token {place} of a pack; "
+            "a wider dtype (--dtype bf16 or fp32) usually helps"
+        )
+    for start, stop in zip(batch.answer_offsets, batch.answer_offsets[1:], strict=False):
+        yield AnswerScore(tuple(0.0 - nll for nll in nlls[start:stop]), all(greedy[start:stop]))
+
+
+def _windows(rows: Iterable[RowPairs], max_pairs: int) -> Iterator[list[RowPairs]]:
+    window: list[RowPairs] = []
+    size = 0
+    for row in rows:
+        window.append(row)
+        size += len(row.pairs)
+        if size >= max_pairs:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _report(row: Row, error: InputError, on_bad_row: Callable[[Row, InputError], None] | None) -> None:
+    located = error.at(path=row.path, line=row.line)
+    if on_bad_row is None:
+        raise located
+    on_bad_row(row, located)
+
+
+def _known(score: AnswerScore | None) -> AnswerScore:
+    assert score is not None, "every request is in exactly one batch"
+    return score

@@ -150,7 +150,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32 (emulated bf16 is many times slower)."""
+    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32 (emulated bf16 crawls)."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if native_bf16(device) else torch.float32
@@ -171,7 +171,7 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
     options = {name: value for name, value in options.items() if value is not None}
     try:
         return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
-    except Exception as error:  # noqa: BLE001 - whatever a broken or foreign model folder makes transformers raise
+    except Exception as error:
         raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -183,7 +183,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'") from error
     try:
         merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         raise InputError(f"adapter {adapter!r} cannot be loaded: {_first_line(error)}") from error
     return merged
 

@@ -54,10 +54,9 @@ def answer_nll_reference(
         raise ValueError(f"target_A must be in [0, {vocab_size}); found {worst}")
 
     accumulator = torch.float64 if hidden_AD.dtype == torch.float64 else torch.float32
-    options = {"dtype": accumulator, "device": hidden_AD.device}
-    lse_A = torch.full((num_rows,), -torch.inf, **options)
-    best_A = torch.full((num_rows,), -torch.inf, **options)
-    target_logit_A = torch.full((num_rows,), -torch.inf, **options)
+    lse_A = torch.full((num_rows,), -torch.inf, dtype=accumulator, device=hidden_AD.device)
+    best_A = torch.full((num_rows,), -torch.inf, dtype=accumulator, device=hidden_AD.device)
+    target_logit_A = torch.full((num_rows,), -torch.inf, dtype=accumulator, device=hidden_AD.device)
     top1_A = torch.zeros(num_rows, dtype=torch.int64, device=hidden_AD.device)
 
     tile_rows, tile_vocab = _tile_shape(num_rows, vocab_size, max_logits_bytes, accumulator.itemsize)

@@ -14,7 +14,7 @@ from fastscore.attention import Provider, choose_provider
 from fastscore.config import ScorerConfig
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import packed_hidden, padded_hidden, seq2seq_hidden
+from fastscore.packed_forward import ATTENTION_NAME, packed_hidden, padded_hidden, seq2seq_hidden
 from fastscore.packing import pack_requests, pad_groups, seq2seq_batches
 from fastscore.self_check import check_packed, probe_requests, tolerance_for
 from fastscore.types import InputError, PackedBatch, ScoringRequest, Seq2SeqBatch
@@ -109,12 +109,23 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         model = _with_adapter(model, config.adapter)
     if not config.device_map:
         model = model.to(device)  # type: ignore[arg-type]
-    else:
-        device = model.device
-    model.eval().requires_grad_(False)
+    return prepare_model(model, provider, config.max_batch_tokens)
 
+
+def prepare_model(model: PreTrainedModel, provider: Provider, max_batch_tokens: int | None = None) -> LanguageModel:
+    """Find out by a self-check whether packs run through a model in memory, and leave it ready for scoring.
+
+    The model is changed: it is put into evaluation mode, and its attention goes through ``provider`` from now on.
+
+    Raises:
+        InputError: the LM head is of an unknown kind.
+    """
+    model.eval().requires_grad_(False)
+    if model.config._attn_implementation == ATTENTION_NAME:  # prepared before: the check starts from its own attention
+        model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    device = model.device
     head = find_lm_head(model)
-    if hf_config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         mode, reason = "encoder-decoder", "an encoder-decoder is not packed"
     else:
         reason = check_packed(model, provider.load(), device)
@@ -124,16 +135,16 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         model=model,
         head=head,
         device=device,
-        dtype=dtype,
+        dtype=model.dtype,
         provider=provider,
         mode=mode,
         reason=reason,
-        max_batch_tokens=config.max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
+        max_batch_tokens=max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
     )
     if mode == "packed":
-        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(dtype), provider.name)
+        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), provider.name)
     else:
-        logger.warning("%s, %s, not packed: %s", device, _dtype_name(dtype), reason)
+        logger.warning("%s, %s, not packed: %s", device, _dtype_name(model.dtype), reason)
     return loaded
 
 
@@ -163,7 +174,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: Any) -> Any:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import transformers
 from fastscore_kernels.answer_nll_reference import answer_nll_reference
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastscore.aggregate import teacher_scores
+from fastscore.attention import choose_provider
 from fastscore.config import DEFAULT_MODEL, Answers, Combine, DType, Overflow, ScorerConfig, TaskConfig
 from fastscore.model_source import resolve_model
-from fastscore.models import LanguageModel, load_config, load_model, load_tokenizer, max_context
+from fastscore.models import LanguageModel, load_config, load_model, load_tokenizer, max_context, prepare_model
 from fastscore.tasks import expand_row, output_row
 from fastscore.tokenization import PairTokenizer
 from fastscore.types import (
@@ -79,16 +81,20 @@ class Scorer:
             device_map=device_map,
         )
         self._source = resolve_model(model)
-        self._hf_config = load_config(self._source, self.config)
-        self.tokenizer = load_tokenizer(self._source, self.config)
-        self.model_path = self._source.path
+        hf_config = load_config(self._source, self.config)
+        self._set_up(hf_config, load_tokenizer(self._source, self.config), self._source.path)
+
+    def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
+        self._hf_config = hf_config
+        self.tokenizer = tokenizer
+        self.model_path = model_path
         self.stats = RunStats()
         self._pair_tokenizer = PairTokenizer(
-            self.tokenizer,
-            vocab_size=self._hf_config.get_text_config().vocab_size,
-            max_context=max_context(self._hf_config),
-            overflow=overflow,
-            is_encoder_decoder=self._hf_config.is_encoder_decoder,
+            tokenizer,
+            vocab_size=hf_config.get_text_config().vocab_size,
+            max_context=max_context(hf_config),
+            overflow=self.config.overflow,
+            is_encoder_decoder=hf_config.is_encoder_decoder,
         )
 
     @classmethod
@@ -96,6 +102,33 @@ class Scorer:
         """A scorer from a frozen config."""
         options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
         return cls(**options)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        attention: str = "auto",
+        max_batch_tokens: int | None = None,
+        overflow: Overflow = "error",
+    ) -> Scorer:
+        """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
+
+        The model is changed: its attention runs packs from now on.
+
+        Raises:
+            ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
+        """
+        name = model.config.name_or_path or type(model).__name__
+        scorer = cls.__new__(cls)
+        scorer.config = ScorerConfig(
+            name, device=str(model.device), attention=attention, max_batch_tokens=max_batch_tokens, overflow=overflow
+        )
+        scorer._set_up(model.config, tokenizer, name)
+        provider = choose_provider(attention, model.device.type)
+        scorer._model = prepare_model(model, provider, max_batch_tokens)
+        return scorer
 
     def load(self) -> LanguageModel:
         """Load the weights now (they are loaded on first use otherwise) and return the loaded model."""

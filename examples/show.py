@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastscore.rows import read_rows
-from fastscore.types import InputError, Row
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from fastscore.rows import read_rows
+from fastscore.types import InputError, Row
 
 PIPED_WIDTH = 100
 NARROW = 76
@@ -107,13 +108,14 @@ def model_line(path: Path) -> str:
     if not meta.is_file():
         return ""
     scorer: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["scorer"]
-    return ", ".join(str(scorer[name]) for name in ("model", "dtype", "device", "mode"))
+    return ", ".join(str(scorer[name]) for name in ("model", "dtype", "device", "mode")) + "\n"
 
 
 def show(path: Path, console: Console) -> None:
     rows = [parse(row) for row in read_rows(path)]
     ranked = [row for row in rows if row.ranked]
-    console.print(Text.assemble("\n", (str(path), "bold"), (f"  {model_line(path)}", "dim"), "\n"))
+    console.print(Text(f"\n{path}", "bold"), soft_wrap=True)
+    console.print(Text(model_line(path), "dim"))
     console.print(shown_table(rows, console.width < NARROW))
     said = "Mean log-probability of the answer's tokens, in nats: at most 0, higher is better."
     if ranked:

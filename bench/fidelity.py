@@ -1,0 +1,193 @@
+"""How far from the truth are low-precision scores? ``python bench/fidelity.py --queries N --json OUT``
+
+The truth: each pair alone, unpadded, plain transformers in fp32. Against it, over the same token ids: fastscore in
+fp32 and bf16, and padded batches of four in bf16, once with the cross entropy in bf16 as the reference system computes
+it and once with the logits upcast to fp32. Results are written after every few queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import ROOT, environment, one_line, write_json
+from padded import PairScore, answer_scores, padded_logits
+from rounds import table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from workload import TokenPair, Workload, load_workload
+
+from fastscore import Scorer
+
+sys.path.append(str(ROOT / "tests"))  # the tests' own truth, which uses nothing of fastscore
+from truth import alone
+
+FAST_FP32, FAST_BF16 = "fastscore fp32 packed", "fastscore bf16 packed"
+PADDED_BF16, PADDED_UPCAST = "padded bf16", "padded bf16, fp32 logits"
+CONTENDERS = (FAST_FP32, FAST_BF16, PADDED_BF16, PADDED_UPCAST)
+BLOCK_QUERIES = 4
+
+
+@dataclass(slots=True)
+class Distance:
+    """What has been collected about one contender."""
+
+    token_differences: list[float] = field(default_factory=list)
+    pair_differences: list[float] = field(default_factory=list)
+    taus: list[float] = field(default_factory=list)
+    best_changed: int = 0
+
+    def add_query(self, scores: Sequence[PairScore], truth: Sequence[Sequence[float]]) -> None:
+        for score, true in zip(scores, truth, strict=True):
+            self.token_differences += [abs(a - b) for a, b in zip(score.token_logprobs, true, strict=True)]
+        true_means = [sum(true) / len(true) for true in truth]
+        means = [score.mean_logprob for score in scores]
+        self.pair_differences += [abs(a - b) for a, b in zip(means, true_means, strict=True)]
+        self.taus.append(kendall_tau(means, true_means))
+        self.best_changed += means.index(max(means)) != true_means.index(max(true_means))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "nats_per_answer_token": spread(self.token_differences),
+            "nats_per_pair": spread(self.pair_differences),
+            "kendall_tau": {"mean": sum(self.taus) / len(self.taus), "min": min(self.taus)},
+            "best_candidate_changed": self.best_changed,
+            "queries": len(self.taus),
+        }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, 99th percentile (linear interpolation) and maximum."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {
+        "mean": float(ordered.mean()),
+        "p99": float(ordered.quantile(0.99)),
+        "max": float(ordered.max()),
+        "count": len(values),
+    }
+
+
+def kendall_tau(left: Sequence[float], right: Sequence[float]) -> float:
+    """Kendall's tau-b: agreement of two rankings of the same candidates, corrected for ties; 1 when neither ranks."""
+    concordance = ties_left = ties_right = total = 0
+    for i, j in combinations(range(len(left)), 2):
+        sign_left, sign_right = _sign(left[i] - left[j]), _sign(right[i] - right[j])
+        concordance += sign_left * sign_right
+        ties_left += sign_left == 0
+        ties_right += sign_right == 0
+        total += 1
+    ranked = (total - ties_left) * (total - ties_right)
+    return concordance / ranked**0.5 if ranked else float(ties_left == ties_right)
+
+
+def excess(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Mean of (our distance - their distance), pair by pair, with its standard error. Below zero is nearer."""
+    difference = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    error = float(difference.std() / len(ours) ** 0.5) if len(ours) > 1 else 0.0
+    return {"mean": float(difference.mean()), "standard_error": error}
+
+
+def measure(model: str, workload: Workload, save: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """Score block after block; ``save`` is given the results so far after each. The last ones come back."""
+    scorers = {name: Scorer(model, dtype=dtype) for name, dtype in ((FAST_FP32, "fp32"), (FAST_BF16, "bf16"))}
+    folder = scorers[FAST_FP32].model_path
+    device = scorers[FAST_BF16].load().device
+    padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
+    distances = {name: Distance() for name in CONTENDERS}
+    results: dict[str, Any] = {}
+    for first in range(0, len(workload.queries), BLOCK_QUERIES):
+        block = workload.queries[first : first + BLOCK_QUERIES]
+        pairs = [pair for query in block for pair in query]
+        truth = alone(folder, pairs)
+        scores = {name: _fastscore(scorer, pairs) for name, scorer in scorers.items()}
+        scores |= _padded(padded, pairs)
+        start = 0
+        for query in block:
+            part = slice(start, start + len(query))
+            start = part.stop
+            for name, distance in distances.items():
+                distance.add_query(scores[name][part], truth[part])
+        results = _results(distances, scorers[FAST_BF16], workload)
+        save(results)
+        print(f"{first + len(block)} of {len(workload.queries)} queries", flush=True)
+    return results
+
+
+def show(results: Mapping[str, Any]) -> str:
+    """The table of all contenders and the verdict."""
+    rows = []
+    for name, summary in results["contenders"].items():
+        token, pair = summary["nats_per_answer_token"], summary["nats_per_pair"]
+        figures = [f"{value[key]:.2e}" for value in (token, pair) for key in ("mean", "p99", "max")]
+        tau = summary["kendall_tau"]
+        changed = f"{summary['best_candidate_changed']}/{summary['queries']}"
+        rows.append([name, *figures, f"{tau['mean']:.4f}", f"{tau['min']:.4f}", changed])
+    columns = ["", "token mean", "p99", "max", "pair mean", "p99", "max", "tau", "min tau", "best changed"]
+    lines = [table(columns, rows)]
+    for peer, value in results["bf16_packed_minus"].items():
+        figures = f"{value['mean']:+.2e} +- {value['standard_error']:.1e}"
+        lines.append(f"mean distance per pair, fastscore bf16 minus {peer}: {figures}")
+    return "\n".join(lines)
+
+
+def _results(distances: Mapping[str, Distance], scorer: Scorer, workload: Workload) -> dict[str, Any]:
+    ours = distances[FAST_BF16].pair_differences
+    done = len(distances[FAST_BF16].taus)
+    return {
+        "workload": workload.describe(),
+        "queries_done": done,
+        "complete": done == len(workload.queries),
+        "device": str(scorer.load().device),
+        "attention": scorer.describe()["attention"],
+        "contenders": {name: distance.summary() for name, distance in distances.items()},
+        "bf16_packed_minus": {
+            peer: excess(ours, distances[peer].pair_differences) for peer in (PADDED_BF16, PADDED_UPCAST)
+        },
+    }
+
+
+def _fastscore(scorer: Scorer, pairs: Sequence[TokenPair]) -> list[PairScore]:
+    return [PairScore(list(score.token_logprobs), score.mean_logprob) for score in scorer.score_tokens(pairs)]
+
+
+def _padded(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> dict[str, list[PairScore]]:
+    """Both rows from the same logits."""
+    scores: dict[str, list[PairScore]] = {PADDED_BF16: [], PADDED_UPCAST: []}
+    for logits_BLV, labels_BL in padded_logits(model, pairs):
+        scores[PADDED_BF16] += answer_scores(logits_BLV, labels_BL)
+        scores[PADDED_UPCAST] += answer_scores(logits_BLV.float(), labels_BL)
+    return scores
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--queries", type=int, default=40, help="the first so many of nq_qa.jsonl")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+
+    where = environment()
+    started = time.perf_counter()
+
+    def save(results: dict[str, Any]) -> None:
+        if options.json is not None:
+            seconds = round(time.perf_counter() - started, 1)
+            write_json(options.json, {"environment": where, "model": options.model, "seconds": seconds, **results})
+
+    workload = load_workload(Scorer(options.model, dtype="fp32").tokenizer, options.queries)
+    print(f"{one_line(where)}\n{options.model}, first {options.queries} queries: {workload.describe()}", flush=True)
+    print(show(measure(options.model, workload, save)))
+
+
+if __name__ == "__main__":
+    main()

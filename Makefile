@@ -36,6 +36,7 @@ help: ## list the targets
 demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model and show the result
 	$(RUN) -m fastscore score examples/qa.jsonl -o examples/qa.scored.jsonl
 	$(RUN) examples/show.py examples/qa.scored.jsonl
+	@printf '\nNext, rows of your own (README.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
 
 test: $(DEV) ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)

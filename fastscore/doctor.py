@@ -47,6 +47,7 @@ def doctor(as_json: bool = False) -> None:
 def collect() -> dict[str, Any]:
     """The report: plain values only."""
     import torch
+    from fastscore_kernels.answer_nll import answer_nll_path
 
     from fastscore.attention import available_providers, choose_provider
     from fastscore.model_source import EMBEDDED, EMBEDDED_INSTALL, embedded_folder, embedded_gguf
@@ -78,7 +79,7 @@ def collect() -> dict[str, Any]:
             "device": str(device),
             "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
             "attention": choose_provider("auto", device.type).name,
-            "answer_nll": "reference (PyTorch)",
+            "answer_nll": answer_nll_path(device),
         },
         "embedded_model": {
             "name": EMBEDDED,

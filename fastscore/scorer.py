@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastscore_kernels.answer_nll_reference import answer_nll_reference
+from fastscore_kernels.answer_nll import answer_nll, answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastscore.aggregate import teacher_scores
@@ -226,7 +226,7 @@ class Scorer:
             "mode": model.mode,
             "mode_reason": model.reason,
             "attention": model.provider.name if model.mode == "packed" else "model's own",
-            "answer_nll": "reference (PyTorch)",
+            "answer_nll": answer_nll_path(model.device),
             "max_batch_tokens": model.max_batch_tokens,
             "overflow": self.config.overflow,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -259,13 +259,14 @@ class Scorer:
         for batch in model.plan(requests):
             batch = batch.to(model.device)
             hidden_AD = model.answer_hidden(batch)
-            nll_A, top1_A = answer_nll_reference(
+            nll_A, top1_A = answer_nll(
                 hidden_AD,
                 model.head.weight_VD,
                 batch.target_A,
                 bias=model.head.bias_V,
                 logit_scale=model.head.logit_scale,
                 logit_softcap=model.head.logit_softcap,
+                check_targets=False,  # tokenization has looked at every id
             )
             for index, score in zip(batch.request_index, _split_scores(batch, nll_A, top1_A), strict=True):
                 scores[index] = score

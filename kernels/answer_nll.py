@@ -104,7 +104,7 @@ def _partials_op(
         from fastscore_kernels.fused_launch import fused_partials, gemm_partials
 
         path = choose_path(hidden_AD.device, hidden_AD.shape[0], *weight_VD.shape, weight_VD.dtype)
-        compute = {"fused": fused_partials, "gemm": gemm_partials}[path]
+        compute = fused_partials if path == "fused" else gemm_partials
     return compute(
         hidden_AD,
         weight_VD,

@@ -67,7 +67,7 @@ ROOMS |= {
     "__init__": room(4, "scorer types"),
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types", TERMINAL),
-    "doctor": room(4, f"{_EDGE} terminal attention/ model_source models", TERMINAL | MODEL),
+    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "ray"}),
     "report/": room(4, _EDGE, frozenset({"rich"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),

@@ -299,6 +299,23 @@ def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage: fastscore" in err
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "r.jsonl", ROWS)
+    # The hub's client waits longer and longer between its retries.
+    code = "import sys, time; time.sleep = lambda seconds: None; from fastscore.cli import main; main(sys.argv[1:])"
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hub")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", str(rows), "-m", "nobody/no-such-model"],
+        capture_output=True,
+        text=True,
+        env={**environment, **hub},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("fastscore: model 'nobody/no-such-model' cannot be loaded: ")
+
+
 def test_a_prompt_too_long_is_told_cut_or_skipped(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,234 @@
+"""fastscore against plain transformers at the shapes of real models, on one GPU, in under ten minutes.
+
+    python bench/gpu_end_to_end.py --json OUT.json
+
+Weights are random (nothing is downloaded) and token ids, too: the time of a dense model does not depend on them. Every
+cell, a model with passages and answers of some lengths, is checked for agreement first and then timed by turns; the
+limit is the rate of the model's own matrix products, measured in the same rounds. Results are written after every cell.
+``--tiny`` runs the same with toy models anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, Comparison, compare
+from environment import environment, one_line, write_json
+from rounds import table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from workload import TokenPair
+
+from fastscore import Scorer
+from fastscore.models import DTYPES
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+QUESTION_TOKENS = 16
+LENGTH_SPREAD = 0.25
+"""Passages are up to this share shorter or longer than named, as real ones differ too."""
+MIN_PAIRS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    model: str
+    passage: int
+    answer: int
+
+
+def build_model(name: str, device: torch.device, dtype: torch.dtype, tiny: bool) -> PreTrainedModel:
+    """Random weights of the family's own initialisation, made where they are needed."""
+    shape = {**SHAPES[name], **(TINY if tiny else {})}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model with its own config and attention around the same tensors."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def make_pairs(vocab_size: int, cell: Cell, tokens: int, questions_per_passage: int) -> list[TokenPair]:
+    """About ``tokens`` tokens of passages, each followed by so many questions in turn, each with its answer."""
+    draw = random.Random(f"{cell.passage} {cell.answer}")
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.choices(range(vocab_size), k=length))
+
+    count = max(MIN_PAIRS, tokens // (cell.passage + QUESTION_TOKENS + cell.answer))
+    pairs: list[TokenPair] = []
+    while len(pairs) < count:
+        passage = ids(round(cell.passage * draw.uniform(1 - LENGTH_SPREAD, 1 + LENGTH_SPREAD)))
+        pairs += [((*passage, *ids(QUESTION_TOKENS)), ids(cell.answer)) for _ in range(questions_per_passage)]
+    draw.shuffle(pairs)
+    return pairs[:count]
+
+
+def agrees(comparison: Comparison, dtype: str) -> bool:
+    """Every peer within the dtype's tolerance of fastscore."""
+    return all(
+        value.max <= MAX_DIFFERENCE[dtype] and value.mean <= MEAN_DIFFERENCE[dtype]
+        for value in comparison.differences.values()
+    )
+
+
+def run_model(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Cell after cell of one model: its report, or why there is none."""
+    plain = build_model(name, device, DTYPES[options.dtype], options.tiny)
+    unused_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
+    scorer = Scorer.from_model(
+        with_shared_weights(plain),
+        unused_tokenizer,
+        attention=options.attention,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    longest = 0.0
+    for passage in options.passages:
+        batch_size: int | None = None
+        for answer in options.answers:
+            cell = Cell(f"tiny {name}" if options.tiny else name, passage, answer)
+            if time.monotonic() + longest > options.deadline:
+                yield cell, {"skipped": "no time left"}
+                continue
+            started = time.monotonic()
+            pairs = make_pairs(plain.config.vocab_size, cell, options.tokens, options.questions_per_passage)
+            comparison = compare(
+                scorer, plain, pairs, options.rounds, batch_size=batch_size, gemm_repeats=options.gemm_repeats
+            )
+            batch_size = comparison.batch_size
+            longest = max(longest, time.monotonic() - started)
+            print(f"\n{cell.model}, passages of {passage}, answers of {answer}, {len(pairs)} pairs", flush=True)
+            print(comparison.table(), flush=True)
+            yield (
+                cell,
+                {
+                    "pairs": len(pairs),
+                    "agrees": agrees(comparison, options.dtype),
+                    **comparison.report(),
+                    "scorer": scorer.describe(),
+                },
+            )
+
+
+def summary(cells: Sequence[dict[str, Any]]) -> str:
+    """All cells in one table."""
+    rows = []
+    for cell in cells:
+        head = [f"{cell['model']} {cell['passage']}+{cell['answer']}"]
+        if "skipped" in cell:
+            rows.append([*head, f"skipped: {cell['skipped']}", *[""] * 7])
+            continue
+        for name, values in cell["contenders"].items():
+            difference = cell["differences_from_fastscore"].get(name)
+            peak = cell["peak_bytes_beyond_weights"].get(name)
+            rows.append(
+                [
+                    *head,
+                    name,
+                    f"{values['median_seconds']:.3f}",
+                    f"{values['pair_tokens_per_s']:,.0f}",
+                    f"{values['times_fastscore']:.2f}",
+                    f"{values['useful_flop_efficiency']:.1%}",
+                    f"{cell['gemm_tflops_per_s']:.3g}",
+                    "" if difference is None else f"{difference['max']:.1e}" + ("" if cell["agrees"] else " DISAGREES"),
+                    "" if peak is None else f"{peak / 2**30:.2f}",
+                ]
+            )
+    columns = ["model passage+answer", "", "median s", "tokens/s", "x fastscore", "efficiency", "GEMM TFLOP/s"]
+    return table([*columns, "max diff", "peak GiB"], rows)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="toy models and lengths, on any device")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--passages", type=int, nargs="+")
+    parser.add_argument("--answers", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, help="in all pairs of a cell together, about")
+    parser.add_argument("--questions-per-passage", type=int, default=1, help="above 1, pairs share prefixes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gemm-repeats", type=int, default=16, help="decoder layers in the limit's measurement")
+    parser.add_argument("--limit-seconds", type=float, default=540)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--max-batch-tokens", type=int)
+    options = parser.parse_args(arguments)
+    options.passages = options.passages or ([16, 32, 64] if options.tiny else [128, 512, 4096])
+    options.answers = options.answers or ([2, 5] if options.tiny else [8, 64])
+    options.tokens = options.tokens or (512 if options.tiny else 65536)
+    options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
+    options.deadline = time.monotonic() + options.limit_seconds
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every cell's contenders agree."""
+    options = parse(arguments)
+    where = environment()
+    setting = {
+        name: getattr(options, name)
+        for name in ("tiny", "dtype", "device", "tokens", "questions_per_passage", "rounds", "gemm_repeats")
+    }
+    cells: list[dict[str, Any]] = []
+    for name in options.models:
+        for cell, report in run_model(name, options, torch.device(options.device)):
+            cells.append({"model": cell.model, "passage": cell.passage, "answer": cell.answer, **report})
+            write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
+        if options.device != "cpu":
+            torch.cuda.empty_cache()
+    print(f"\n{one_line(where)}\n{options.dtype}, {options.rounds} rounds by turns")
+    print(summary(cells))
+    return 0 if all(cell.get("agrees", True) for cell in cells) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,297 @@
+"""The benchmarks' own parts: a figure is only as good as the peers, the counting and the records behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TRAINING_TEXT, make_tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from truth import alone
+
+from fastscore import Scorer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+
+import compare  # noqa: E402
+import fidelity  # noqa: E402
+import gpu_end_to_end  # noqa: E402
+from environment import environment, one_line, write_json  # noqa: E402
+from limits import useful_work  # noqa: E402
+from padded import pick_batch_size, score_padded, score_padded_tuned  # noqa: E402
+from rounds import interleave, medians, table  # noqa: E402
+from workload import TokenPair, read_workload, spread_sample  # noqa: E402
+
+
+def random_pairs(seed: int, count: int = 11, alphabet: int = 512) -> list[TokenPair]:
+    draw = random.Random(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(alphabet) for _ in range(length))
+
+    return [(ids(draw.choice([1, 2, 9, 40])), ids(draw.choice([1, 2, 6]))) for _ in range(count)]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("bench") / "llama", max_position_embeddings=4096)
+
+
+def test_environment_names_versions_and_commit_but_no_host_or_path() -> None:
+    values = environment()
+    assert values["versions"]["torch"] == torch.__version__
+    assert values["versions"]["python"] == platform.python_version()
+    assert values["cores"] == os.cpu_count()
+    assert isinstance(values["dirty"], bool)
+    assert len(values["gpus"]) == torch.cuda.device_count()
+    text = json.dumps(values)
+    assert values["commit"][:10] in one_line(values)
+    for private in (platform.node(), str(ROOT), str(Path.home()), sys.prefix):
+        assert len(private) < 3 or private not in text
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"median": 1.5})
+    for bad in (float("nan"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, {"median": bad, "long": "x" * 100_000})
+    assert json.loads(path.read_text("utf-8")) == {"median": 1.5}
+    write_json(path, ["näive"])
+    assert json.loads(path.read_text("utf-8")) == ["näive"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["result.json"]
+
+
+# gpt2 and opt have learned positions: left padding must not shift them.
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt"])
+def test_peers_score_what_each_pair_scores_alone(family: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / family, family)
+    model, pairs = load(folder), random_pairs(1)
+    truth = alone(folder, pairs)
+    ours = [score.token_logprobs for score in Scorer(str(folder), dtype="fp32", device="cpu").score_tokens(pairs)]
+    for scores in (
+        score_padded(model, pairs),
+        score_padded_tuned(model, pairs, 3),
+        score_padded_tuned(model, pairs, 32),
+    ):
+        for score, true, fast in zip(scores, truth, ours, strict=True):
+            assert score.token_logprobs == pytest.approx(true, abs=1e-5)
+            assert score.token_logprobs == pytest.approx(list(fast), abs=1e-5)
+            assert score.mean_logprob == pytest.approx(sum(true) / len(true), abs=1e-5)
+
+
+def test_batch_size_is_the_fastest_that_the_pairs_fill(llama: Path) -> None:
+    durations = iter([3.0, 1.0, 2.0])
+    now = 0.0
+    calls = 0
+
+    def clock() -> float:
+        nonlocal now, calls
+        calls += 1
+        if calls % 2 == 0:
+            now += next(durations)
+        return now
+
+    best, seconds = pick_batch_size(load(llama), random_pairs(2, count=8), sizes=(2, 4, 8, 16), clock=clock)
+    assert seconds == {2: 3.0, 4: 1.0, 8: 2.0}
+    assert best == 4
+
+
+def test_one_model_serves_several_scorers_and_text(llama: Path) -> None:
+    model, tokenizer = load(llama), AutoTokenizer.from_pretrained(llama)
+    pairs = random_pairs(3)
+    truth = alone(llama, pairs)
+    for budget in (16, 64, None):
+        scorer = Scorer.from_model(model, tokenizer, max_batch_tokens=budget)
+        assert scorer.describe()["mode"] == "packed", scorer.describe()["mode_reason"]
+        for score, true in zip(scorer.score_tokens(pairs), truth, strict=True):
+            assert score.token_logprobs == pytest.approx(true, abs=1e-5)
+    by_path = Scorer(str(llama), dtype="fp32", device="cpu")
+    texts = [("Question: where does the river run", " the old town"), ("1990 people", " in 42 houses")]
+    for score, same in zip(scorer.score(texts), by_path.score(texts), strict=True):
+        assert score.token_logprobs == pytest.approx(same.token_logprobs, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_useful_work_counts_every_distinct_history_once(seed: int, llama: Path) -> None:
+    pairs = random_pairs(seed, count=40, alphabet=2)
+    histories = {ids[:end] for p, a in pairs for ids in [(*p, *a[:-1])] for end in range(1, len(ids) + 1)}
+    work = useful_work(load(llama), pairs)
+    assert work.unique_tokens == len(histories) < sum(len(p) + len(a) - 1 for p, a in pairs)
+    assert work.answer_rows == sum(len(answer) for _, answer in pairs)
+    layers, heads, head_size = 2, 4, 16
+    assert work.attention_flops == 4 * layers * heads * head_size * sum(map(len, histories))
+
+
+def test_useful_work_agrees_with_torchs_own_counter(llama: Path) -> None:
+    model = load(llama)
+    prompt, answer = tuple(range(3, 40)), (7,)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(input_ids=torch.tensor([prompt]), use_cache=False, logits_to_keep=1)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    work = useful_work(model, [(prompt, answer)])
+    assert work.linear_flops + work.head_flops == products
+
+
+def test_contenders_take_turns_and_the_table_lines_up() -> None:
+    order: list[str] = []
+    seconds = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, rounds=3)
+    assert "".join(order) == "ABCABCABC"
+    assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3, "C": 3}
+    assert medians({"A": [3.0, 1.0, 2.0]}) == {"A": 2.0}
+    assert table(["", "n"], [["long name", "1"], ["x", "22"]]).splitlines() == [
+        "            n",
+        "---------  --",
+        "long name   1",
+        "x          22",
+    ]
+
+
+def test_comparison_reports_ratios_and_disagreement(llama: Path) -> None:
+    plain = load(llama)
+    scorer = Scorer.from_model(load(llama), AutoTokenizer.from_pretrained(llama), max_batch_tokens=128)
+    pairs = random_pairs(4, count=9)
+    result = compare.compare(scorer, plain, pairs, rounds=2)
+    assert gpu_end_to_end.agrees(result, "fp32")
+    assert result.pair_tokens == sum(len(p) + len(a) for p, a in pairs)
+    median = medians(result.seconds)
+    for name, values in result.contenders().items():
+        assert values["times_fastscore"] == pytest.approx(median[name] / median[compare.OURS])
+        flops_per_second = result.work.flops / median[name]
+        assert values["useful_flop_efficiency"] == pytest.approx(flops_per_second / result.gemm_rate)
+    json.dumps(result.report(), allow_nan=False)
+
+    with torch.no_grad():
+        plain.base_model.layers[1].mlp.down_proj.weight[0] += 0.5
+    wrong = compare.compare(scorer, plain, pairs, rounds=1, batch_size=4)
+    assert not gpu_end_to_end.agrees(wrong, "fp32")
+    none = {name: compare.Difference(0.0, 0.0) for name in wrong.differences}
+    assert gpu_end_to_end.agrees(replace(wrong, differences=none), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "tau"),
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
+        ([1, 2, 3, 4], [1, 3, 2, 4], 4 / 6),
+        ([1, 1, 2, 3], [1, 2, 3, 4], 5 / 30**0.5),
+        ([1, 1, 2, 2], [1, 1, 2, 2], 1.0),
+        ([5, 5, 5], [1, 2, 3], 0.0),
+        ([5, 5], [7, 7], 1.0),
+        ([1], [2], 1.0),
+    ],
+)
+def test_kendall_tau(left: list[float], right: list[float], tau: float) -> None:
+    assert fidelity.kendall_tau(left, right) == pytest.approx(tau)
+    assert fidelity.kendall_tau(right, left) == pytest.approx(tau)
+
+
+def test_distance_of_known_scores() -> None:
+    distance = fidelity.Distance()
+    truth = [[-1.0, -3.0], [-2.5]]
+    distance.add_query([fidelity.PairScore([-1.5, -3.0], -2.25), fidelity.PairScore([-2.0], -2.0)], truth)
+    summary = distance.summary()
+    assert summary["nats_per_answer_token"]["mean"] == pytest.approx(1 / 3)
+    assert summary["nats_per_pair"]["max"] == pytest.approx(0.5)
+    assert summary["kendall_tau"] == {"mean": -1.0, "min": -1.0}
+    assert summary["best_candidate_changed"] == 1
+    assert fidelity.spread(list(range(101)))["p99"] == pytest.approx(99)
+    assert fidelity.excess([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == {"mean": 0.0, "standard_error": pytest.approx(3**-0.5)}
+
+
+def test_fidelity_measures_and_saves_as_it_goes(llama: Path, tmp_path: Path) -> None:
+    row = {"answers": ["the old town"], "pos": [TRAINING_TEXT[0]], "neg": TRAINING_TEXT}
+    rows = [{"query": f"where does river {n} run", **row} for n in range(fidelity.BLOCK_QUERIES + 1)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    workload = read_workload(path, AutoTokenizer.from_pretrained(llama), 100)
+    assert workload.describe()["pairs"] == 4 * len(rows)
+    saved: list[dict[str, Any]] = []
+    results = fidelity.measure(str(llama), workload, saved.append)
+    assert [(part["queries_done"], part["complete"]) for part in saved] == [(4, False), (5, True)]
+    mean = {name: value["nats_per_answer_token"]["mean"] for name, value in results["contenders"].items()}
+    assert mean[fidelity.FAST_FP32] < 1e-5
+    # The tiny model's bf16 is off by a percent or two of a nat, and rounding the logits makes it worse.
+    assert 1e-4 < mean[fidelity.FAST_BF16] < 0.2
+    assert 1e-4 < mean[fidelity.PADDED_UPCAST] < mean[fidelity.PADDED_BF16] < 0.2
+    for name in fidelity.CONTENDERS:
+        assert name in fidelity.show(results)
+
+
+def test_spread_sample_covers_the_lengths() -> None:
+    pairs: list[TokenPair] = [((0,) * n, (1,)) for n in range(1, 101)]
+    random.Random(0).shuffle(pairs)
+    assert sorted(len(prompt) for prompt, _ in spread_sample(pairs, 4)) == [1, 26, 51, 76]
+    assert sorted(spread_sample(pairs, 1000)) == sorted(pairs)
+
+
+def test_the_gpu_benchmark_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu.json"
+    options = ["--tiny", "--json", str(out), "--rounds", "1", "--gemm-repeats", "2", "--device", "cpu"]
+    assert gpu_end_to_end.main([*options, "--questions-per-passage", "4"]) == 0
+    cells = json.loads(out.read_text("utf-8"))["cells"]
+    assert len(cells) == len(gpu_end_to_end.SHAPES) * 3 * 2
+    for cell in cells:
+        assert cell["agrees"]
+        assert cell["scorer"]["mode"] == "packed", cell["scorer"]["mode_reason"]
+        # Four questions share a passage.
+        assert cell["useful_work"]["unique_tokens"] < 0.8 * cell["pair_tokens"]
+    assert "tiny llama-3.1-8b 64+5" in capsys.readouterr().out.splitlines()[-1]
+
+    assert gpu_end_to_end.main([*options, "--limit-seconds", "0"]) == 0
+    assert {cell["skipped"] for cell in json.loads(out.read_text("utf-8"))["cells"]} == {"no time left"}
+
+
+def test_shared_weights_are_shared() -> None:
+    plain = gpu_end_to_end.build_model("llama-3.1-8b", torch.device("cpu"), torch.float32, tiny=True)
+    other = gpu_end_to_end.with_shared_weights(plain)
+    for (name, mine), (same, theirs) in zip(plain.named_parameters(), other.named_parameters(), strict=True):
+        assert name == same
+        assert mine.data_ptr() == theirs.data_ptr()
+    other.set_attn_implementation("eager")
+    assert plain.config._attn_implementation != "eager"
+
+
+def test_make_bench_records_the_rounds_that_were_measured(llama: Path, tmp_path: Path) -> None:
+    record = tmp_path / "benchmark.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", f"--benchmark-json={record}", "bench"],
+        cwd=ROOT,
+        env={
+            # A worker of pytest-xdist is no place to measure in, and pytest-benchmark would refuse.
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "FASTSCORE_BENCH_MODEL": str(llama),
+            "FASTSCORE_BENCH_QUERIES": "1",
+            "FASTSCORE_BENCH_ROUNDS": "2",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "x fastscore" in run.stdout
+    written = json.loads(record.read_text("utf-8"))
+    assert platform.node() not in json.dumps(written["machine_info"])
+    records = {entry["param"]: entry for entry in written["benchmarks"]}
+    assert set(records) == {compare.OURS, compare.PADDED, compare.TUNED}
+    for entry in records.values():
+        assert len(entry["stats"]["data"]) == 2
+        assert entry["stats"]["median"] == pytest.approx(entry["extra_info"]["median_seconds"])
+        # Real seconds: a forward pass takes more than a tenth of a millisecond.
+        assert entry["stats"]["min"] > 1e-4

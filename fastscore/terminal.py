@@ -101,6 +101,7 @@ class Terminal:
         """Show log lines, and the bar, until the block is left."""
         # Bars of the libraries beneath would be drawn across this one, and into logs.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
         # A hub that can't be reached is told once, by the error, and not at each of its retries.
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         logger, handler = logging.getLogger("fastscore"), _ConsoleHandler(self._console)

@@ -299,6 +299,13 @@ def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage: fastscore" in err
 
 
+def test_bars_of_the_libraries_beneath_are_not_drawn() -> None:
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='Converting'): pass"
+    ours = f"from fastscore.terminal import Terminal\nwith Terminal().live():\n    {bar.replace(chr(10), chr(10) + '    ')}"
+    shown = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for code in (bar, ours)]
+    assert [(done.returncode, "Converting" in done.stderr) for done in shown] == [(0, True), (0, False)]
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "r.jsonl", ROWS)
     # The hub's client waits longer and longer between its retries.

@@ -61,8 +61,10 @@ def _logit_scale(config: object) -> float:
 
 
 def _logit_softcap(config: object) -> float | None:
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return None if softcap is None else float(softcap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma 2, Griffin, xLSTM
+        if (softcap := getattr(config, name, None)) is not None:
+            return float(softcap)
+    return None
 
 
 def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor, tolerance: float) -> None:
@@ -71,6 +73,11 @@ def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor
     Raises:
         InputError: they differ: the head does something that is not known here, and scores would be wrong.
     """
+    if hidden_AD.shape[1] != head.weight_VD.shape[1] or logits_AV.shape[1] != head.weight_VD.shape[0]:
+        raise InputError(
+            f"hidden states of size {hidden_AD.shape[1]}, an LM head of shape {tuple(head.weight_VD.shape)} and "
+            f"{logits_AV.shape[1]} logits do not fit together: this architecture is not supported"
+        )
     ours_AV, theirs_AV = head.logits(hidden_AD), logits_AV.float()
     # Log-probabilities don't see a constant, so neither does this.
     ours_AV = ours_AV - ours_AV.mean(dim=1, keepdim=True)

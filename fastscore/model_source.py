@@ -49,7 +49,19 @@ def resolve_model(model: str) -> ModelSource:
     """
     if model == EMBEDDED:
         return ModelSource(str(_embedded_model()))
-    path = Path(model).expanduser()
+    try:
+        found = _on_disk(model, Path(model).expanduser())
+    except (OSError, RuntimeError) as error:  # no right to look, a name too long, the home of an unknown user
+        raise InputError(f"model {model!r}: {getattr(error, 'strerror', None) or error}") from error
+    if found is not None:
+        return found
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise InputError(f"model {model!r}: no such folder")
+    return ModelSource(model)
+
+
+def _on_disk(model: str, path: Path) -> ModelSource | None:
+    """The model at ``path``, or None when nothing is there."""
     if model.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {model!r}: no such GGUF file")
@@ -60,9 +72,7 @@ def resolve_model(model: str) -> ModelSource:
         return ModelSource(str(path))
     if path.exists():
         raise InputError(f"model {model!r}: expected a folder, a .gguf file or a hub id; this is another kind of file")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise InputError(f"model {model!r}: no such folder")
-    return ModelSource(model)
+    return None
 
 
 def embedded_gguf() -> Path | None:
@@ -137,5 +147,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 def _remove_abandoned(parent: Path) -> None:
     """Clear what conversions that were killed have left behind."""
     for path in parent.glob(".converting-*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+        try:
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # another process has just finished
+            continue
+        if age > _ABANDONED_AFTER_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from fastscore.attention import Provider, choose_provider
 from fastscore.config import ScorerConfig
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import ATTENTION_NAME, packed_hidden, padded_hidden, seq2seq_hidden
-from fastscore.packing import pack_requests, pad_groups, seq2seq_batches
-from fastscore.self_check import check_packed, probe_requests, tolerance_for
+from fastscore.packed_forward import ATTENTION_NAME, body_of, packed_hidden, padded_hidden, seq2seq_hidden
+from fastscore.packing import input_length, pack_requests, pad_groups, seq2seq_batches
+from fastscore.self_check import check_causal, check_packed, probe_requests, tolerance_for
 from fastscore.types import InputError, PackedBatch, ScoringRequest, Seq2SeqBatch
 
 logger = logging.getLogger("fastscore")
@@ -49,7 +49,15 @@ class LanguageModel:
                 pad_token=config.pad_token_id or 0,
             )
         pack = pack_requests if self.mode == "packed" else pad_groups
-        return pack(requests, self.max_batch_tokens)
+        longest_short = _longest_short_input(self.model.config)
+        if longest_short is None:
+            return pack(requests, self.max_batch_tokens)
+        batches = []
+        for is_long in (True, False):
+            places = [i for i, request in enumerate(requests) if (input_length(request) > longest_short) == is_long]
+            for batch in pack([requests[i] for i in places], self.max_batch_tokens):
+                batches.append(replace(batch, request_index=tuple(places[i] for i in batch.request_index)))
+        return batches
 
     @torch.inference_mode()
     def answer_hidden(self, batch: PackedBatch | Seq2SeqBatch) -> torch.Tensor:
@@ -93,18 +101,31 @@ def max_context(hf_config: Any) -> int | None:
     return None
 
 
+def _longest_short_input(hf_config: Any) -> int | None:
+    """LongRoPE (Phi-3) turns every position of a batch by other angles as soon as one sequence is longer than this: a
+    short request must not share a batch with a long one. None for a model without it."""
+    text_config = hf_config.get_text_config()
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or text_config.original_max_position_embeddings
+
+
 def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> LanguageModel:
     """Load weights, put them on the device, and find out by a self-check whether packs run through this model.
 
     Raises:
-        InputError: weights, adapter or device are not there, or the LM head is of an unknown kind.
+        InputError: weights, adapter or device are not there, or as :func:`prepare_model`.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     provider = choose_provider(config.attention, device.type)
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra = {"device_map": config.device_map} if config.device_map else {}
-    model: PreTrainedModel = _pretrained(auto, source, config, dtype=dtype, **extra)
+    model: PreTrainedModel
+    model, found = _pretrained(auto, source, config, dtype=dtype, output_loading_info=True, **extra)
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise InputError(f"model {config.model!r}: {_some(missing)} not among its weights: is it a language model?")
     if config.adapter is not None:
         model = _with_adapter(model, config.adapter)
     if not config.device_map:
@@ -118,16 +139,24 @@ def prepare_model(model: PreTrainedModel, provider: Provider, max_batch_tokens: 
     The model is changed: it is put into evaluation mode, and its attention goes through ``provider`` from now on.
 
     Raises:
-        InputError: the LM head is of an unknown kind.
+        InputError: the model is not causal, or its LM head is of an unknown kind.
     """
     model.eval().requires_grad_(False)
     if model.config._attn_implementation == ATTENTION_NAME:  # prepared before: the check starts from its own attention
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    if (
+        model.config._attn_implementation == "sdpa"
+        and getattr(model.config, "attn_logit_softcapping", None) is not None
+    ):
+        model.set_attn_implementation("eager")  # the SDPA of transformers 5.17 leaves the soft cap out
     device = model.device
     head = find_lm_head(model)
     if model.config.is_encoder_decoder:
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            raise InputError("the model's config has no decoder_start_token_id: what an answer begins with is unknown")
         mode, reason = "encoder-decoder", "an encoder-decoder is not packed"
     else:
+        check_causal(model, device)
         reason = check_packed(model, provider.load(), device)
         mode = "padded" if reason else "packed"
     _check_head(model, head, device)
@@ -212,11 +241,16 @@ def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> N
             hidden_LD = seq2seq_hidden(model, ids_1L, torch.ones_like(ids_1L), ids_1L)[0]
             logits_LV = model(input_ids=ids_1L, decoder_input_ids=ids_1L, use_cache=False).logits[0]
         else:
-            hidden_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+            hidden_LD = body_of(model)(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
             logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(attention)
     check_lm_head(head, hidden_LD, logits_LV, tolerance_for(model.dtype))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _first_line(error: Exception) -> str:

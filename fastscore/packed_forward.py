@@ -63,9 +63,15 @@ AttentionInterface.register(ATTENTION_NAME, _packed_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
+def body_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head. ``base_model`` is the whole model where its prefix names no part of it (Llama 4)."""
+    base: torch.nn.Module = model.base_model
+    return getattr(model, "model", base) if base is model else base
+
+
 def packed_hidden(model: PreTrainedModel, pack: PackedBatch, attend: Attend) -> torch.Tensor:
     """Hidden states ``[T, D]`` of a pack. The model's attention implementation must be ``ATTENTION_NAME``."""
-    output = model.base_model(
+    output = body_of(model)(
         input_ids=pack.token_ids_T[None],
         position_ids=pack.position_ids_T[None],
         use_cache=False,
@@ -84,7 +90,7 @@ def padded_hidden(model: PreTrainedModel, pack: PackedBatch) -> torch.Tensor:
     ids_BL = pad_sequence(list(segments), batch_first=True, padding_value=0)
     lengths_B = torch.tensor(pack.seqlens_q, device=ids_BL.device)
     mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-    output = model.base_model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
+    output = body_of(model)(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
     return output.last_hidden_state[mask_BL]
 
 

@@ -41,10 +41,8 @@ def pack_requests(requests: Sequence[ScoringRequest], max_tokens: int) -> list[P
 def pad_groups(requests: Sequence[ScoringRequest], max_tokens: int) -> list[PackedBatch]:
     """Groups for the padded path: near-equal lengths, at most ``max_tokens`` with their padding."""
     order = sorted(range(len(requests)), key=lambda index: -input_length(requests[index]))
-    return [
-        build_pack(requests, group)
-        for group in _split(order, [input_length(requests[index]) for index in order], max_tokens)
-    ]
+    widths = [(input_length(requests[index]),) for index in order]
+    return [build_pack(requests, group) for group in _split(order, widths, max_tokens)]
 
 
 def build_pack(requests: Sequence[ScoringRequest], indices: Sequence[int]) -> PackedBatch:
@@ -78,9 +76,11 @@ def build_pack(requests: Sequence[ScoringRequest], indices: Sequence[int]) -> Pa
 def seq2seq_batches(
     requests: Sequence[ScoringRequest], max_tokens: int, *, start_token: int, pad_token: int
 ) -> list[Seq2SeqBatch]:
-    """Right-padded batches for an encoder-decoder, near-equal prompts together."""
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].token_ids))
-    groups = _split(order, [len(requests[index].token_ids) for index in order], max_tokens)
+    """Right-padded batches for an encoder-decoder, near-equal prompts together: at most ``max_tokens`` with their
+    padding on both sides."""
+    widths = [(request.answer_start, request.num_answer_tokens) for request in requests]
+    order = sorted(range(len(requests)), key=lambda index: widths[index], reverse=True)
+    groups = _split(order, [widths[index] for index in order], max_tokens)
     return [_seq2seq_batch(requests, group, start_token, pad_token) for group in groups]
 
 
@@ -108,13 +108,18 @@ def _right_pad(rows: Sequence[Sequence[int]], pad_token: int) -> torch.Tensor:
     return torch.tensor([[*row, *[pad_token] * (width - len(row))] for row in rows])
 
 
-def _split(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut ``order`` (longest first) into runs whose padded area stays within the budget; at least one a run."""
+def _split(order: Sequence[int], widths: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
+    """Cut ``order`` (longest first) into runs whose padded area stays within the budget; at least one a run.
+
+    ``widths`` are the lengths of each member's parts, each part being padded to its own longest.
+    """
     groups: list[list[int]] = []
-    width = 0
-    for index, length in zip(order, lengths, strict=True):
-        if not groups or width * (len(groups[-1]) + 1) > max_tokens:
+    widest: tuple[int, ...] = ()
+    for index, width in zip(order, widths, strict=True):
+        wider = tuple(map(max, widest, width)) if groups else width
+        if not groups or sum(wider) * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
-            width = length
+            wider = width
+        widest = wider
         groups[-1].append(index)
     return groups

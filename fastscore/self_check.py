@@ -8,9 +8,12 @@ from transformers import PreTrainedModel
 from fastscore.attention import Attend
 from fastscore.packed_forward import ATTENTION_NAME, packed_hidden, padded_hidden
 from fastscore.packing import build_pack
-from fastscore.types import ScoringRequest
+from fastscore.types import InputError, ScoringRequest
 
 PROBE_LENGTHS = (9, 14, 9)
+VARLEN_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types that varlen attention computes. Others (chunked, sparse, compressed) may differ only beyond a length that
+no probe reaches."""
 
 
 def probe_requests(vocab_size: int) -> list[ScoringRequest]:
@@ -34,6 +37,8 @@ def check_packed(model: PreTrainedModel, attend: Attend, device: torch.device) -
     Isolation: does the second stay the same when the first is replaced by another of its length? The shapes are the
     same then, so that even in low precision a leak shows.
     """
+    if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - VARLEN_LAYERS:
+        return f"layers of type {', '.join(sorted(others))}"
     original = model.config._attn_implementation
     try:
         reason = _differences(model, attend, device)
@@ -63,6 +68,28 @@ def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -
     if not difference <= tolerance:
         return f"packed and separate sequences disagree (relative difference {difference:.1e})"
     return ""
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, device: torch.device) -> None:
+    """Does a token know only what stands before it?
+
+    Raises:
+        InputError: later tokens change the hidden states of earlier ones (an encoder such as BERT), so there is no
+            log-probability of an answer given its prompt.
+    """
+    probe, _, other = probe_requests(model.get_input_embeddings().weight.shape[0])
+    kept = 3
+    changed = ScoringRequest(probe.token_ids[:kept] + other.token_ids[kept:], 1)
+    before, after = (
+        padded_hidden(model, build_pack([request], [0]).to(device)).float() for request in (probe, changed)
+    )
+    difference = _relative(after[:kept], before[:kept])
+    if not difference <= tolerance_for(model.dtype):
+        raise InputError(
+            f"{type(model).__name__} is not a causal language model: later tokens change earlier hidden states "
+            f"(relative difference {difference:.1e})"
+        )
 
 
 def _relative(value_TD: torch.Tensor, truth_TD: torch.Tensor) -> float:

@@ -55,7 +55,7 @@ class PairTokenizer:
                 texts.append(index)
         encode = self._encode_seq2seq if self.is_encoder_decoder else self._encode_causal
         for index, result in zip(texts, encode([pairs[index] for index in texts]) if texts else (), strict=True):
-            results[index] = result
+            results[index] = self._in_vocabulary(result)
         return [self._fit(result) if isinstance(result, ScoringRequest) else _must(result) for result in results]
 
     def _encode_causal(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
@@ -95,13 +95,26 @@ class PairTokenizer:
             for prompt, answer in zip(prompts, answers["input_ids"], strict=True)
         ]
 
+    def _in_vocabulary(self, request: ScoringRequest | InputError) -> ScoringRequest | InputError:
+        """A tokenizer may have entries that the model was never given (added tokens)."""
+        if isinstance(request, ScoringRequest) and (largest := max(request.token_ids)) >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            return InputError(
+                f"the tokenizer makes token id {largest} ({token!r}) of this text, the model has only {self.vocab_size}"
+            )
+        return request
+
     def _from_ids(self, pair: Pair) -> ScoringRequest | InputError:
         if isinstance(pair.prompt, str) or isinstance(pair.answer, str):
             return InputError("prompt and answer must be both text or both token ids")
         for name, ids in (("prompt", pair.prompt), ("answer", pair.answer)):
+            if not ids:
+                return InputError(f"the {name} is empty: expected at least one token id")
             for token in ids:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                    return InputError(f"token id {token!r} in the {name} is not in [0, {self.vocab_size})")
+                if type(token) is not int:
+                    return InputError(f"token id {token!r} in the {name} is not a whole number (int)")
+                if not 0 <= token < self.vocab_size:
+                    return InputError(f"token id {token} in the {name} is not in [0, {self.vocab_size})")
         return _request([*pair.prompt, *pair.answer], len(pair.prompt))
 
     def _fit(self, request: ScoringRequest) -> ScoringRequest | InputError:
@@ -135,7 +148,8 @@ def _request(token_ids: Sequence[int], answer_start: int) -> ScoringRequest | In
         return InputError("the answer leaves no token to score")
     if answer_start == 0:
         return InputError(
-            "the prompt is empty: the first answer token has nothing before it (this tokenizer adds no BOS token)"
+            "the first answer token has nothing before it: the prompt is empty, or one token with the answer's "
+            "beginning (this tokenizer adds no BOS token)"
         )
     return ScoringRequest(tuple(token_ids), answer_start)
 

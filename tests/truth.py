@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 def alone(folder: Path | str, token_pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
     """Log-probability of every answer token, fp32 model, log-softmax in fp64. Nothing of fastscore is used."""
     config = AutoConfig.from_pretrained(folder)
+    # Eager attention is what each family defines; the SDPA of transformers 5.17 leaves Gemma 2's soft cap out.
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
     if config.is_encoder_decoder:
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options).eval()
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     result = []
     for prompt, answer in token_pairs:
         if config.is_encoder_decoder:

@@ -302,7 +302,9 @@ def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bars_of_the_libraries_beneath_are_not_drawn() -> None:
     bar = "from tqdm.auto import tqdm; list(tqdm(range(3), desc='Converting'))"
     ours = f"from fastscore.terminal import Terminal\nwith Terminal().live(): {bar}"
-    shown = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for code in (bar, ours)]
+    env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}  # runs in this process set it
+    command = [sys.executable, "-c"]
+    shown = [subprocess.run([*command, code], capture_output=True, text=True, env=env) for code in (bar, ours)]
     assert [(done.returncode, "Converting" in done.stderr) for done in shown] == [(0, True), (0, False)]
 
 

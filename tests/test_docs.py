@@ -1,0 +1,84 @@
+"""What the documents say about the program is so."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import click
+import pytest
+import tiny_models
+import typer
+from test_rooms import ROOMS
+
+from fastscore.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+OPTION = r"--[a-z][a-z-]+"
+TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+
+
+def score_options() -> dict[str, click.Option]:
+    command = typer.main.get_command(app).commands["score"]  # type: ignore[attr-defined]
+    return {max(option.opts, key=len): option for option in command.params if option.param_type_name == "option"}
+
+
+@pytest.mark.slow
+def test_the_library_as_the_readme_shows_it() -> None:
+    block = next(code for code in re.findall(r"```python\n(.*?)```", TEXT["README.md"], re.DOTALL) if "Scorer(" in code)
+    promised = re.findall(r"^print.*# (.*)$", block, re.MULTILINE)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own document
+    assert len(promised) == 4
+    assert out.getvalue().splitlines() == promised
+
+
+def test_every_option_is_in_the_readme_and_no_other() -> None:
+    table = TEXT["README.md"].split("### Options")[1].split("### ")[0]
+    options = score_options()
+    named = set(re.findall(OPTION, table))
+    assert named == set(options) - {"--help"}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]
+        if len(cells) == 5 and (default := re.fullmatch(r"`([\w-]+)`", cells[2])):
+            [name, *_] = [name for name in re.findall(OPTION, cells[1]) if name in options]
+            assert str(options[name].default) == default[1], line
+
+
+def test_the_models_the_readme_names_are_those_of_the_tests() -> None:
+    said = " ".join(TEXT["README.md"].split("The tests hold, with small random models:")[1].split("\n\n")[0].split())
+    match = re.fullmatch(r"packed, (.+?); padded, (.+?); encoder-decoder, (.+?)\.", said)
+    assert match is not None, said
+    lists = [re.split(r", | and ", names) for names in match.groups()]
+    for names, tested in zip(
+        lists, (tiny_models.PACKED_FAMILIES, tiny_models.PADDED_FAMILIES, tiny_models.SEQ2SEQ_FAMILIES), strict=True
+    ):
+        assert sorted(name.strip("`") for name in names) == sorted(tested)
+
+
+def test_every_room_has_its_line() -> None:
+    table = TEXT["CONTRIBUTING.md"].split("## Rooms")[1].split("\n## ")[0]
+    rooms = {
+        name: int(level)
+        for level, names in re.findall(r"^\| (\d) \| ([^|]+) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([\w/]+)`", names)
+    }
+    assert rooms == {name: room.level for name, room in ROOMS.items()}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    text, folder = TEXT[name], (ROOT / name).parent
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (folder / target).exists(), target
+    for target in re.findall(r"make (\w+)`", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target

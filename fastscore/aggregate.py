@@ -1,9 +1,10 @@
-"""Scores of pairs to scores of candidates."""
+"""NLLs of answer tokens to scores of pairs, and those to scores of candidates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from fastscore.config import Combine
 from fastscore.types import AnswerScore, RowPairs
@@ -20,6 +21,27 @@ COMBINERS: dict[Combine, Callable[[Sequence[float]], float]] = {
     "mean": lambda values: math.fsum(values) / len(values),
     "logsumexp": _logsumexp,
 }
+
+
+def split_answers(nlls: Sequence[float], greedy: Sequence[bool], offsets: Sequence[int]) -> Iterator[AnswerScore]:
+    """The answer rows of a batch, request by request: request r has ``offsets[r]:offsets[r + 1]``."""
+    for start, stop in pairwise(offsets):
+        yield AnswerScore(tuple(0.0 - nll for nll in nlls[start:stop]), all(greedy[start:stop]))
+
+
+def finite(score: AnswerScore, place: Callable[[int], str], index: int) -> AnswerScore:
+    """The score, if it is one. ``place`` says where the request of that index came from.
+
+    Raises:
+        RuntimeError: a log-probability that is not finite: the model overflowed, and no score can be trusted.
+    """
+    if math.isfinite(score.logprob):
+        return score
+    token = next(i for i, value in enumerate(score.token_logprobs) if not math.isfinite(value))
+    raise RuntimeError(
+        f"{place(index)}: the model gave a log-probability of {score.token_logprobs[token]} for answer token {token}; "
+        "a wider dtype (--dtype bf16 or fp32) usually helps"
+    )
 
 
 def teacher_scores(pairs: RowPairs, scores: Sequence[AnswerScore], combine: Combine) -> tuple[float, ...]:

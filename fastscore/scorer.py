@@ -14,7 +14,7 @@ import transformers
 from fastscore_kernels.answer_nll import answer_nll, answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import teacher_scores
+from fastscore.aggregate import finite, split_answers, teacher_scores
 from fastscore.attention import choose_provider
 from fastscore.config import DEFAULT_MODEL, Answers, Combine, DType, Overflow, ScorerConfig, TaskConfig
 from fastscore.model_source import resolve_model
@@ -24,14 +24,12 @@ from fastscore.tokenization import PairTokenizer
 from fastscore.types import (
     AnswerScore,
     InputError,
-    PackedBatch,
     Pair,
     Row,
     RowPairs,
     RunStats,
     ScoredRow,
     ScoringRequest,
-    Seq2SeqBatch,
 )
 
 logger = logging.getLogger("fastscore")
@@ -149,10 +147,12 @@ class Scorer:
     def score_tokens(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[AnswerScore]:
         """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
 
+        Each may be a list, an array or a tensor of one dimension.
+
         Raises:
             InputError: as for :meth:`score`, or an id outside the vocabulary.
         """
-        return self._score_pairs([Pair(tuple(prompt), tuple(answer)) for prompt, answer in pairs])
+        return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs])
 
     def score_rows(
         self,
@@ -204,7 +204,7 @@ class Scorer:
                     requests += row_requests  # type: ignore[arg-type]
                 else:
                     _report(row_pairs.row, error, on_bad_row)
-            scores = self._score_requests(requests, on_progress)
+            scores = self._score_requests(requests, partial(_place, kept), on_progress)
             start = 0
             for row_pairs in kept:
                 row_scores = tuple(scores[start : start + len(row_pairs.pairs)])
@@ -248,10 +248,18 @@ class Scorer:
             if isinstance(result, InputError):
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
-        return self._score_requests(requests, None)
+        return self._score_requests(requests, "pair {}".format)
 
-    def _score_requests(self, requests: Sequence[ScoringRequest], on_progress: Progress | None) -> list[AnswerScore]:
-        """tokens -> packs -> hidden states of the answer rows -> NLL -> scores, in the order of the requests."""
+    def _score_requests(
+        self,
+        requests: Sequence[ScoringRequest],
+        place: Callable[[int], str],
+        on_progress: Progress | None = None,
+    ) -> list[AnswerScore]:
+        """tokens -> packs -> hidden states of the answer rows -> NLL -> scores, in the order of the requests.
+
+        ``place`` says in an error where a request came from.
+        """
         scores: list[AnswerScore | None] = [None] * len(requests)
         model, stats = self._model, self.stats
         stats.count_padded([len(request.token_ids) for request in requests])
@@ -268,8 +276,10 @@ class Scorer:
                 logit_softcap=model.head.logit_softcap,
                 check_targets=False,  # tokenization has looked at every id
             )
-            for index, score in zip(batch.request_index, _split_scores(batch, nll_A, top1_A), strict=True):
-                scores[index] = score
+            greedy_A = top1_A == batch.target_A
+            answers = split_answers(nll_A.tolist(), greedy_A.tolist(), batch.answer_offsets)
+            for index, score in zip(batch.request_index, answers, strict=True):
+                scores[index] = finite(score, place, index)
             stats.pairs += len(batch.request_index)
             stats.answer_tokens += batch.answer_offsets[-1]
             stats.tokens_computed += batch.num_tokens
@@ -283,23 +293,17 @@ class Scorer:
         return [_known(score) for score in scores]
 
 
-def _split_scores(
-    batch: PackedBatch | Seq2SeqBatch, nll_A: torch.Tensor, top1_A: torch.Tensor
-) -> Iterator[AnswerScore]:
-    """The answer rows of a batch, request by request.
+def _place(rows: Sequence[RowPairs], index: int) -> str:
+    """Where in the input the pair of that index came from."""
+    for row_pairs in rows:
+        if index < len(row_pairs.pairs):
+            return str(row_pairs.row.error(f"candidate {index // row_pairs.num_answers}"))
+        index -= len(row_pairs.pairs)
+    raise IndexError(index)
 
-    Raises:
-        RuntimeError: an NLL that is not finite: the model overflowed, and no score can be trusted.
-    """
-    nlls, greedy = nll_A.tolist(), (top1_A == batch.target_A).tolist()
-    if not bool(nll_A.isfinite().all()):
-        place = int((~nll_A.isfinite()).nonzero()[0, 0])
-        raise RuntimeError(
-            f"the model gave an NLL of {nlls[place]} for answer token {place} of a pack; "
-            "a wider dtype (--dtype bf16 or fp32) usually helps"
-        )
-    for start, stop in zip(batch.answer_offsets, batch.answer_offsets[1:], strict=False):
-        yield AnswerScore(tuple(0.0 - nll for nll in nlls[start:stop]), all(greedy[start:stop]))
+
+def _ids(token_ids: Any) -> tuple[int, ...]:
+    return tuple(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)
 
 
 def _windows(rows: Iterable[RowPairs], max_pairs: int) -> Iterator[list[RowPairs]]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -112,10 +113,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        import gguf as _gguf  # noqa: F401
-    except ImportError as error:
-        raise InputError("reading GGUF files needs the gguf package: pip install 'fastscore[gguf]'") from error
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise InputError(f"reading GGUF files needs {' and '.join(missing)}: pip install 'fastscore[gguf]'")
 
     logger.info("converting %s to safetensors once, in %s", gguf.name, folder)
     try:

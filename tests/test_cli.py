@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,22 @@ def test_bars_of_the_libraries_beneath_are_not_drawn() -> None:
     command = [sys.executable, "-c"]
     shown = [subprocess.run([*command, code], capture_output=True, text=True, env=env) for code in (bar, ours)]
     assert [(done.returncode, "Converting" in done.stderr) for done in shown] == [(0, True), (0, False)]
+
+
+def test_what_reading_gguf_needs_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSCORE_CACHE", str(tmp_path / "cache"))
+    from fastscore import model_source
+
+    # As if it were not installed: transformers itself trips over any other way to hide it.
+    monkeypatch.setattr(model_source, "find_spec", lambda name: None if name == "accelerate" else find_spec(name))
+    status, err = run(capsys, "score", write_rows(tmp_path / "r.jsonl", ROWS))
+    assert (status, err) == (
+        2,
+        "fastscore: reading GGUF files needs accelerate: pip install 'fastscore[gguf]'\n",
+    )
+    assert names(tmp_path) == {"r.jsonl"}
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastscore", "fastscore.attention", "fastscore.integrations", "fastscore_kernels"],
     package_dir={"fastscore_kernels": "kernels"},
-    package_data={"fastscore": ["py.typed"], "fastscore_kernels": ["py.typed"]},
+    package_data={"fastscore": ["py.typed"], "fastscore_kernels": ["py.typed", "*.json"]},
     install_requires=[
         "numpy>=1.26",
         "platformdirs>=4.2,<5",

@@ -13,6 +13,7 @@ import pytest
 from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, OURS, PADDED, TUNED, Comparison, compare
 from environment import environment, one_line
 from pytest_benchmark.fixture import BenchmarkFixture
+from rounds import MeasuredRounds
 from transformers import AutoModelForCausalLM
 from workload import NQ_QA, load_workload
 
@@ -24,24 +25,6 @@ QUERIES = int(os.environ.get("FASTSCORE_BENCH_QUERIES", "3"))
 ROUNDS = int(os.environ.get("FASTSCORE_BENCH_ROUNDS", "3"))
 DTYPE = os.environ.get("FASTSCORE_BENCH_DTYPE", "fp32")
 MODEL = os.environ.get("FASTSCORE_BENCH_MODEL", DEFAULT_MODEL)
-
-
-class MeasuredRounds:
-    """A clock that stands still except for the seconds that a round took when it was measured.
-
-    pytest-benchmark times one test after another; here the contenders take turns. So they are timed before, and this
-    clock hands their rounds to its records.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.rounds: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_round(self) -> None:
-        self.now += self.rounds.pop(0)
 
 
 CLOCK = MeasuredRounds()

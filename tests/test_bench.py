@@ -271,7 +271,16 @@ def test_shared_weights_are_shared() -> None:
 def test_make_bench_records_the_rounds_that_were_measured(llama: Path, tmp_path: Path) -> None:
     record = tmp_path / "benchmark.json"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", f"--benchmark-json={record}", "bench"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            f"--benchmark-json={record}",
+            "bench/test_end_to_end.py",
+        ],
         cwd=ROOT,
         env={
             # A worker of pytest-xdist is no place to measure in, and pytest-benchmark would refuse.

@@ -66,11 +66,12 @@ class PairTokenizer:
         results: list[ScoringRequest | InputError] = []
         for pair, encoding in zip(pairs, encodings, strict=True):
             ids, offsets = encoding.ids, encoding.offsets
-            stop = _without_trailing_specials(encoding.special_tokens_mask)
+            first, stop = _without_specials(encoding.special_tokens_mask)
             # A token belongs to the answer when it ends after the answer's first character begins. Only ends are
-            # looked at: with trimmed offsets a lone space has zero width, and stands at its end.
+            # looked at: with trimmed offsets a lone space has zero width, and stands at its end (but at the very
+            # beginning of a text it stands at 0, so an empty prompt asks for no offsets).
             start, boundary = stop, len(pair.prompt)
-            while start > 0 and offsets[start - 1][1] > boundary:
+            while start > first and (boundary == 0 or offsets[start - 1][1] > boundary):
                 start -= 1
             results.append(_request(ids[:stop], start))
         return results
@@ -154,12 +155,14 @@ def _request(token_ids: Sequence[int], answer_start: int) -> ScoringRequest | In
     return ScoringRequest(tuple(token_ids), answer_start)
 
 
-def _without_trailing_specials(special_tokens_mask: Sequence[int]) -> int:
-    """Number of tokens without those that the tokenizer itself put at the end (EOS)."""
-    stop = len(special_tokens_mask)
+def _without_specials(special_tokens_mask: Sequence[int]) -> tuple[int, int]:
+    """First and last (exclusive) token that the tokenizer did not itself put at the ends (BOS, EOS)."""
+    first, stop = 0, len(special_tokens_mask)
     while stop > 0 and special_tokens_mask[stop - 1]:
         stop -= 1
-    return stop
+    while first < stop and special_tokens_mask[first]:
+        first += 1
+    return first, stop
 
 
 def _text_problem(prompt: str, answer: str) -> str | None:

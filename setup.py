@@ -18,11 +18,14 @@ EXTRAS = {
     "device-map": [ACCELERATE],
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
+    "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
     {requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]}
 )
-EXTRAS["dev"] = EXTRAS["all"] + [
+EXTRAS["dev"] = [
+    *EXTRAS["all"],
+    *EXTRAS["bench"],
     "hypothesis>=6.130",
     "mypy>=1.15",
     "pytest>=8.3",

@@ -66,6 +66,7 @@ def _on_disk(model: str, path: Path) -> ModelSource | None:
     if model.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {model!r}: no such GGUF file")
+        _check_gguf_readable()
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -113,9 +114,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-        raise InputError(f"reading GGUF files needs {' and '.join(missing)}: pip install 'fastscore[gguf]'")
-
+    _check_gguf_readable()
     logger.info("converting %s to safetensors once, in %s", gguf.name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +140,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_gguf_readable() -> None:
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise InputError(f"reading GGUF files needs {' and '.join(missing)}: pip install 'fastscore[gguf]'")
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -123,7 +123,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     except OSError as error:
         raise InputError(f"cannot write the model cache {folder.parent}: {error.strerror}") from error
     try:
-        read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        try:
+            read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        except Exception as error:
+            raise InputError(f"{gguf} cannot be read: {type(error).__name__}: {error}".partition("\n")[0]) from error
         # Saved through a model built anew: the one that was read calls itself quantised and refuses to be saved.
         config = read.config
         if hasattr(config, "quantization_config"):

@@ -38,6 +38,8 @@ demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model and show 
 	$(RUN) examples/show.py examples/qa.scored.jsonl
 	@printf '\nNext, rows of your own (README.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
 
+# Threads that spin while they wait make the tests several times slower on a machine that is busy with other work.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(DEV) ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)
 

@@ -1,125 +1,132 @@
-"""Requests to padding-free packs within a token budget, and to the padded batches of models that need them."""
+"""The stream of a prefix tree cut into packs of a token budget.
+
+Shapes: T tokens of a pack, S segments in it, P pieces, A answer rows, Q answer slots.
+
+A pack is any run of the stream, so packs are full whatever the lengths of the requests, a request longer than the budget
+runs in several, and no prefix is computed twice. What a pack needs of the tokens before it is the chain of its first
+token (depth-first order sees to that): their keys and values are kept from the packs before. They cost memory, the
+length of one request at most, where computing them again would cost a forward pass of that length at every cut.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
-from itertools import accumulate
-
+import numpy as np
 import torch
 
-from fastscore.types import PackedBatch, ScoringRequest, Seq2SeqBatch
+from fastscore.prefix_tree import PrefixTree
+from fastscore.ranges import Ints, offsets, ranges
+from fastscore.types import KeyRuns, PackedBatch
 
 
-def input_length(request: ScoringRequest) -> int:
-    """Tokens the model has to read: the last answer token is only predicted."""
-    return len(request.token_ids) - 1
+def pack_size(tokens_left: int, max_tokens: int) -> int:
+    """Tokens of the next pack, so that what is left is spread evenly over as few packs as the budget allows."""
+    packs = -(-tokens_left // max_tokens)
+    return -(-tokens_left // packs)
 
 
-def pack_requests(requests: Sequence[ScoringRequest], max_tokens: int) -> list[PackedBatch]:
-    """Best-fit decreasing into packs of at most ``max_tokens``; a longer request gets a pack of its own.
+def cut_pack(tree: PrefixTree, start: int, num_tokens: int, padded_to: int = 0) -> PackedBatch:
+    """The pack of the stream's tokens ``start`` to ``start + num_tokens``.
 
-    The longest requests come first, so that a pack that is too large for the device fails at the start of a run.
+    ``padded_to`` fills the pack up to a fixed size with tokens that belong to no segment; their hidden states mean
+    nothing.
     """
-    order = sorted(range(len(requests)), key=lambda index: -input_length(requests[index]))
-    members: list[list[int]] = []
-    open_packs: list[tuple[int, int]] = []  # (room left, pack), sorted by room
-    for index in order:
-        length = input_length(requests[index])
-        place = bisect_left(open_packs, (length, -1))
-        if place < len(open_packs):
-            room, pack = open_packs.pop(place)
-        else:
-            room, pack = max_tokens, len(members)
-            members.append([])
-        members[pack].append(index)
-        if room > length:
-            insort(open_packs, (room - length, pack))
-    return [build_pack(requests, indices) for indices in members]
+    stop = start + num_tokens
+    carried = _chain_at(tree, start)
+    space = _KeySpace(start, *carried)
+    runs, query_start_S = _key_runs(tree, start, stop, space)
+    lengths_q = np.diff(np.append(query_start_S, num_tokens))
+    lengths_k = np.add.reduceat(runs.length_P, runs.offset_S[:-1])
 
-
-def pad_groups(requests: Sequence[ScoringRequest], max_tokens: int) -> list[PackedBatch]:
-    """Groups for the padded path: near-equal lengths, at most ``max_tokens`` with their padding."""
-    order = sorted(range(len(requests)), key=lambda index: -input_length(requests[index]))
-    widths = [(input_length(requests[index]),) for index in order]
-    return [build_pack(requests, group) for group in _split(order, widths, max_tokens)]
-
-
-def build_pack(requests: Sequence[ScoringRequest], indices: Sequence[int]) -> PackedBatch:
-    """One pack of the requests at ``indices``, in that order."""
-    chosen = [requests[index] for index in indices]
-    lengths = [input_length(request) for request in chosen]
-    starts = [0, *accumulate(lengths)]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-    # The token before an answer token predicts it.
-    rows = [
-        row
-        for request, start, length in zip(chosen, starts, lengths, strict=False)
-        for row in range(start + request.answer_start - 1, start + length)
-    ]
+    first_slot, last_slot = np.searchsorted(tree.slot_row_Q, [start, stop])
+    row_A, slot_row = np.unique(tree.slot_row_Q[first_slot:last_slot] - start, return_inverse=True)
+    token_ids, positions = tree.token_ids_U[start:stop], tree.position_U[start:stop]
+    if padding := max(0, padded_to - num_tokens):
+        token_ids, positions = np.pad(token_ids, (0, padding)), np.pad(positions, (0, padding))
     return PackedBatch(
-        token_ids_T=torch.tensor([token for request in chosen for token in request.token_ids[:-1]]),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        seqlens_q=tuple(lengths),
-        seqlens_k=tuple(lengths),
-        max_seqlen_q=max(lengths),
-        max_seqlen_k=max(lengths),
-        answer_row_A=torch.tensor(rows),
-        target_A=torch.tensor([token for request in chosen for token in request.token_ids[request.answer_start :]]),
-        request_index=tuple(indices),
-        answer_offsets=(0, *accumulate(request.num_answer_tokens for request in chosen)),
+        token_ids_T=torch.from_numpy(token_ids),
+        position_ids_T=torch.from_numpy(positions),
+        cu_seqlens_q=_int32(offsets(lengths_q)),
+        cu_seqlens_k=_int32(offsets(lengths_k)),
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
+        key_runs=runs,
+        query_start_S=query_start_S,
+        num_segment_tokens=num_tokens,
+        num_carried=space.size,
+        carry_rows=torch.from_numpy(_next_carry(tree, stop, space)),
+        answer_row_A=torch.from_numpy(row_A),
+        target_Q=tree.slot_target_Q[first_slot:last_slot],
+        slot_row_Q=slot_row,
+        slot_Q=np.arange(first_slot, last_slot),
     )
 
 
-def seq2seq_batches(
-    requests: Sequence[ScoringRequest], max_tokens: int, *, start_token: int, pad_token: int
-) -> list[Seq2SeqBatch]:
-    """Right-padded batches for an encoder-decoder, near-equal prompts together: at most ``max_tokens`` with their
-    padding on both sides."""
-    widths = [(request.answer_start, request.num_answer_tokens) for request in requests]
-    order = sorted(range(len(requests)), key=lambda index: widths[index], reverse=True)
-    groups = _split(order, [widths[index] for index in order], max_tokens)
-    return [_seq2seq_batch(requests, group, start_token, pad_token) for group in groups]
+class _KeySpace:
+    """Where the keys of stream tokens stand in a pack: those carried into it first, in chain order, then its own."""
+
+    def __init__(self, start: int, carried_start: Ints, carried_length: Ints) -> None:
+        self.start = start
+        # Runs that touch are one run: a later segment may refer to them as one.
+        breaks = np.flatnonzero(carried_start[1:] != (carried_start + carried_length)[:-1]) + 1
+        first = np.concatenate([[0], breaks]) if len(carried_start) else np.zeros(0, dtype=np.int64)
+        self._run_start = carried_start[first]
+        self._run_place = offsets(carried_length)[:-1][first]
+        self.size = int(carried_length.sum())
+
+    def place(self, stream_start: Ints, length: Ints) -> tuple[Ints, Ints, Ints]:
+        """Runs of the stream as runs of the key space: ``(run, start, length)``, each cut in two at the pack's start."""
+        before = np.clip(self.start - stream_start, 0, length)
+        index = np.maximum(np.searchsorted(self._run_start, stream_start, side="right") - 1, 0)
+        if len(self._run_start):
+            carried_place = self._run_place[index] + stream_start - self._run_start[index]
+        else:
+            carried_place = np.zeros_like(stream_start)
+        own_place = np.maximum(stream_start, self.start) - self.start + self.size
+        run = np.arange(len(stream_start))
+        starts = np.stack([carried_place, own_place], axis=1).ravel()
+        lengths = np.stack([before, length - before], axis=1).ravel()
+        kept = lengths > 0
+        return np.repeat(run, 2)[kept], starts[kept], lengths[kept]
 
 
-def _seq2seq_batch(
-    requests: Sequence[ScoringRequest], indices: Sequence[int], start_token: int, pad_token: int
-) -> Seq2SeqBatch:
-    prompts = [requests[index].token_ids[: requests[index].answer_start] for index in indices]
-    answers = [requests[index].token_ids[requests[index].answer_start :] for index in indices]
-    width = max(map(len, answers))
-    prompt_ids_BP = _right_pad(prompts, pad_token)
-    lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-    return Seq2SeqBatch(
-        prompt_ids_BP=prompt_ids_BP,
-        prompt_mask_BP=(torch.arange(prompt_ids_BP.shape[1]) < lengths_B[:, None]).long(),
-        decoder_ids_BL=_right_pad([(start_token, *answer[:-1]) for answer in answers], pad_token),
-        answer_row_A=torch.tensor([b * width + i for b, answer in enumerate(answers) for i in range(len(answer))]),
-        target_A=torch.tensor([token for answer in answers for token in answer]),
-        request_index=tuple(indices),
-        answer_offsets=(0, *accumulate(map(len, answers))),
-    )
+def _chain_at(tree: PrefixTree, token: int) -> tuple[Ints, Ints]:
+    """The runs of the stream that stand before a token in its requests; none at either end of the stream."""
+    if token == 0 or token >= tree.num_tokens:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    segment = int(np.searchsorted(tree.segment_start_S, token, side="right")) - 1
+    pieces = slice(tree.piece_offset_S[segment], tree.piece_offset_S[segment + 1])
+    start, length = tree.piece_start_P[pieces], tree.piece_length_P[pieces]
+    first = tree.segment_start_S[segment]
+    if token > first:
+        start, length = np.append(start, first), np.append(length, token - first)
+    return start, length
 
 
-def _right_pad(rows: Sequence[Sequence[int]], pad_token: int) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[pad_token] * (width - len(row))] for row in rows])
+def _key_runs(tree: PrefixTree, start: int, stop: int, space: _KeySpace) -> tuple[KeyRuns, Ints]:
+    """Every segment's keys, its own tokens last; and where its queries start."""
+    first, last = np.searchsorted(tree.segment_start_S, [start, stop - 1], side="right")
+    segment_start = tree.segment_start_S[first - 1 : last].copy()
+    num_segments = len(segment_start)
+    pieces = slice(tree.piece_offset_S[first - 1], tree.piece_offset_S[last])
+    segment_P = np.repeat(np.arange(num_segments), np.diff(tree.piece_offset_S[first - 1 : last + 1]))
+    piece_start, piece_length = tree.piece_start_P[pieces], tree.piece_length_P[pieces]
+    # Of the first segment some tokens may lie in the pack before: with the pack's own they are one run.
+    own_stop = np.append(segment_start[1:], stop)
+    run_segment = np.concatenate([segment_P, np.arange(num_segments)])
+    order = np.argsort(run_segment, kind="stable")
+    run_start = np.concatenate([piece_start, segment_start])[order]
+    run_length = np.concatenate([piece_length, own_stop - segment_start])[order]
+    run, place, length = space.place(run_start, run_length)
+    segment = run_segment[order][run]
+    runs = KeyRuns(offsets(np.bincount(segment, minlength=num_segments)), place, length)
+    return runs, np.maximum(segment_start, start) - start
 
 
-def _split(order: Sequence[int], widths: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
-    """Cut ``order`` (longest first) into runs whose padded area stays within the budget; at least one a run.
+def _next_carry(tree: PrefixTree, stop: int, space: _KeySpace) -> Ints:
+    """Places of the keys that the pack after this one needs."""
+    _, place, length = space.place(*_chain_at(tree, stop))
+    return ranges(place, length)
 
-    ``widths`` are the lengths of each member's parts, each part being padded to its own longest.
-    """
-    groups: list[list[int]] = []
-    widest: tuple[int, ...] = ()
-    for index, width in zip(order, widths, strict=True):
-        wider = tuple(map(max, widest, width)) if groups else width
-        if not groups or sum(wider) * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-            wider = width
-        widest = wider
-        groups[-1].append(index)
-    return groups
+
+def _int32(values: Ints) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32))

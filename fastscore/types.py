@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:  # --help and the first pass over the input must not wait for torch
     import torch
+
+    from fastscore.ranges import Ints
 
 
 class InputError(ValueError):
@@ -126,31 +128,59 @@ class ScoredRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Several requests as one padding-free sequence of T tokens; segment s is ``cu_seqlens_q[s]:cu_seqlens_q[s+1]``.
+class KeyRuns:
+    """What each of S segments attends to, as runs of the pack's key space; its own tokens come last.
 
-    A request's last answer token is a target only: it is not among the T tokens. ``request_index[r]`` is the place
-    of the pack's r-th request in what was packed; its answer rows are ``answer_offsets[r]:answer_offsets[r+1]``.
+    Runs ``offset_S[s]:offset_S[s + 1]`` of ``start_P`` and ``length_P`` are segment s's, in the order of the text.
+    """
+
+    offset_S: Ints
+    start_P: Ints
+    length_P: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A run of a prefix tree's tokens as one padding-free sequence of T tokens in S segments.
+
+    Keys and values of ``num_carried`` tokens are kept from the packs before; with the pack's own T they make the *key
+    space*, ``num_carried + T`` rows. Queries of segment s are ``cu_seqlens_q[s]:cu_seqlens_q[s + 1]``; they are aligned
+    to the end of its keys (bottom-right causal).
     """
 
     token_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    """int32 ``[S + 1]``, as varlen attention wants it; ``seqlens_q`` is the same on the host."""
+    """int32 ``[S + 1]``, as varlen attention wants it."""
     cu_seqlens_k: torch.Tensor
-    seqlens_q: tuple[int, ...]
-    seqlens_k: tuple[int, ...]
+    """The same for the keys of every segment, gathered one segment after the other."""
     max_seqlen_q: int
     max_seqlen_k: int
+    key_runs: KeyRuns
+    query_start_S: Ints
+    num_segment_tokens: int
+    """The tokens after these fill the pack up to a fixed size and belong to no segment."""
+    num_carried: int
+    carry_rows: torch.Tensor
+    """int64: rows of the key space that the next pack needs."""
     answer_row_A: torch.Tensor
-    """int64: the token whose hidden state predicts each answer token."""
-    target_A: torch.Tensor
-    request_index: tuple[int, ...]
-    answer_offsets: tuple[int, ...]
+    """int64: tokens whose hidden states predict answer tokens, each once."""
+    target_Q: Ints
+    """The token that each slot asks for."""
+    slot_row_Q: Ints
+    """Which of the A rows predicts each slot; ascending."""
+    slot_Q: Ints
+    """Where each slot's NLL belongs among those of the plan."""
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Index tensors that an attention provider makes of this pack once, for all layers."""
 
     @property
     def num_tokens(self) -> int:
-        return self.token_ids_T.shape[0]
+        return self.num_segment_tokens
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.query_start_S)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same pack with its tensors on the device."""
@@ -158,28 +188,50 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Requests for a causal model's padded path, padded on the right: ``[B, L]`` token ids.
+
+    On the right, so that padding comes after everything that is scored: no causal model can see it, whatever its
+    positions or its recurrent state.
+    """
+
+    token_ids_BL: torch.Tensor
+    mask_BL: torch.Tensor
+    answer_row_A: torch.Tensor
+    """int64: rows of the flattened ``[B * L]`` hidden states."""
+    target_Q: Ints
+    slot_row_Q: Ints
+    slot_Q: Ints
+    num_tokens: int
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The same batch with its tensors on the device."""
+        return _to_device(self, device)
+
+
+@dataclass(frozen=True, slots=True)
 class Seq2SeqBatch:
-    """Requests for an encoder-decoder, right-padded: prompts to the encoder ``[B, Lp]``, answers to the decoder.
+    """Requests for an encoder-decoder, right-padded: prompts to the encoder ``[B, P]``, answers to the decoder.
 
     ``decoder_ids_BL`` is shifted right (it begins with the decoder's start token); row ``answer_row_A`` of the
-    flattened ``[B * L]`` decoder states predicts ``target_A``.
+    flattened ``[B * L]`` decoder states predicts ``target_Q``.
     """
 
     prompt_ids_BP: torch.Tensor
     prompt_mask_BP: torch.Tensor
     decoder_ids_BL: torch.Tensor
     answer_row_A: torch.Tensor
-    target_A: torch.Tensor
-    request_index: tuple[int, ...]
-    answer_offsets: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.prompt_mask_BP.sum()) + self.answer_offsets[-1]
+    target_Q: Ints
+    slot_row_Q: Ints
+    slot_Q: Ints
+    num_tokens: int
 
     def to(self, device: torch.device) -> Seq2SeqBatch:
         """The same batch with its tensors on the device."""
         return _to_device(self, device)
+
+
+Batch: TypeAlias = PackedBatch | PaddedBatch | Seq2SeqBatch
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

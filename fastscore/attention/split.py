@@ -1,0 +1,66 @@
+"""A pack's attention in two kinds of parts: dense rectangles where many queries see one long run, and the rest.
+
+In depth-first order the queries that see a whole run of keys are contiguous. So one dense call without a mask serves
+them all and no key is copied; a short run, or one seen by few, is gathered together with the segment's own tokens.
+Parts that share queries are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastscore.ranges import offsets
+from fastscore.types import KeyRuns, PackedBatch
+
+MIN_RECTANGLE_KEYS = 128
+"""A shorter run is copied: the copy costs less than one more call and merge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """All queries ``first_q:last_q`` see all keys ``first_k:last_k``."""
+
+    first_q: int
+    last_q: int
+    first_k: int
+    last_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParts:
+    """``rest`` are the runs of each segment that no rectangle covers; the segment's own tokens are always last."""
+
+    rectangles: tuple[Rectangle, ...]
+    rest: KeyRuns
+
+
+def split_attention(pack: PackedBatch, min_keys: int = MIN_RECTANGLE_KEYS) -> AttentionParts:
+    """Rectangles from runs of at least ``min_keys`` keys."""
+    runs = pack.key_runs
+    # A segment's last run is (or ends with) its own tokens, which are causal and never part of a rectangle.
+    long_P = runs.length_P >= min_keys
+    long_P[runs.offset_S[1:] - 1] = False
+    if not long_P.any():
+        return AttentionParts((), runs)
+    segment_P = np.repeat(np.arange(pack.num_segments), np.diff(runs.offset_S))
+    query_stop_S = np.append(pack.query_start_S[1:], pack.num_segment_tokens)
+    start_P, length_P = runs.start_P.copy(), runs.length_P.copy()
+    rectangles = []
+    places = np.flatnonzero(long_P)
+    # Runs that begin at the same key belong to neighbouring segments; each sees at least what the shortest covers.
+    by_start = places[np.argsort(start_P[places], kind="stable")]
+    for group in np.split(by_start, np.flatnonzero(np.diff(start_P[by_start])) + 1):
+        for neighbours in np.split(group, np.flatnonzero(np.diff(segment_P[group]) > 1) + 1):
+            covered = int(length_P[neighbours].min())
+            first_k = int(start_P[neighbours[0]])
+            first, last = segment_P[neighbours[0]], segment_P[neighbours[-1]]
+            rectangles.append(
+                Rectangle(int(pack.query_start_S[first]), int(query_stop_S[last]), first_k, first_k + covered)
+            )
+            start_P[neighbours] += covered
+            length_P[neighbours] -= covered
+    kept = length_P > 0
+    counts = np.bincount(segment_P[kept], minlength=pack.num_segments)
+    return AttentionParts(tuple(rectangles), KeyRuns(offsets(counts), start_P[kept], length_P[kept]))

@@ -45,7 +45,7 @@ class AnswerHead:
         if self._num_rows >= ROWS_PER_CALL:
             self._flush()
 
-    def finish(self) -> tuple[Ints, Ints]:
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """NLL in nats (fp32), and whether the target is the model's own first choice, of every slot."""
         self._flush()
         nll_Q = np.full(self._num_slots, np.nan, dtype=np.float32)

@@ -8,7 +8,16 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from fastscore.config import DEFAULT_MODEL, TASKS, Answers, Combine, DType, ScorerConfig, TaskConfig
+from fastscore.config import (
+    DEFAULT_MODEL,
+    DEFAULT_WINDOW_TOKENS,
+    TASKS,
+    Answers,
+    Combine,
+    DType,
+    ScorerConfig,
+    TaskConfig,
+)
 
 FILES, MODEL, TASK, RUNNING = "Input and output", "Model", "Task", "Running"
 ON_ERROR = ("fail", "skip")
@@ -183,6 +192,24 @@ def score(
             show_default="chosen for the device",
         ),
     ] = None,
+    window_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Rows are held until they have this many tokens; within such a window shared prefixes are computed "
+            "once.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = DEFAULT_WINDOW_TOKENS,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            metavar=NO_VALUE,
+            help="Bitwise the same scores whatever else is in the file; slower.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
     attention: Annotated[
         str,
         typer.Option(metavar="NAME", help="Attention provider; fastscore doctor lists them.", rich_help_panel=RUNNING),
@@ -218,6 +245,8 @@ in the order pos + neg. At most 0; higher is better.
                 trust_remote_code=trust_remote_code,
                 attention=attention,
                 max_batch_tokens=max_batch_tokens,
+                window_tokens=window_tokens,
+                deterministic=deterministic,
                 overflow=overflow,  # type: ignore[arg-type]
                 cache_dir=cache_dir,
                 device_map=device_map,

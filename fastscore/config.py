@@ -11,6 +11,8 @@ Answers = Literal["first", "all", "sample"]
 Combine = Literal["max", "mean", "logsumexp", "min"]
 
 DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_WINDOW_TOKENS = 4_000_000
+"""A usual file whole; about 300 MB of token ids and index arrays."""
 TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
 
 
@@ -33,6 +35,9 @@ class ScorerConfig:
     device: ``auto`` is the first CUDA device when there is one, otherwise the CPU.
     attention: name of an attention provider, or ``auto`` for the first one that can run the model.
     max_batch_tokens: token budget of a pack; None chooses one for the device.
+    window_tokens: rows are scored together until they have this many tokens; prefixes are shared within a window.
+    share_prefixes: False computes every request by itself, for comparison.
+    deterministic: scores are bitwise the same whatever else is in the file, at a cost in speed.
     overflow: what to do with a prompt that does not fit the model's context with its answer.
     """
 
@@ -44,6 +49,9 @@ class ScorerConfig:
     trust_remote_code: bool = False
     attention: str = "auto"
     max_batch_tokens: int | None = None
+    window_tokens: int = DEFAULT_WINDOW_TOKENS
+    share_prefixes: bool = True
+    deterministic: bool = False
     overflow: Overflow = "error"
     cache_dir: str | None = None
     device_map: str | None = None
@@ -55,6 +63,7 @@ class ScorerConfig:
         _check_choice("overflow", self.overflow, get_args(Overflow))
         if self.max_batch_tokens is not None:
             _check_positive("max_batch_tokens", self.max_batch_tokens)
+        _check_positive("window_tokens", self.window_tokens)
 
 
 @dataclass(frozen=True, slots=True)

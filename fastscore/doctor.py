@@ -49,11 +49,13 @@ def collect() -> dict[str, Any]:
     import torch
     from fastscore_kernels.answer_nll import answer_nll_path
 
-    from fastscore.attention import available_providers, choose_provider
+    from fastscore.attention import AttentionNeeds, available_providers, choose_provider
     from fastscore.model_source import EMBEDDED, EMBEDDED_INSTALL, embedded_folder, embedded_gguf
     from fastscore.models import choose_device, choose_dtype
 
     device = choose_device("auto")
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    needs = AttentionNeeds(device.type, dtype)
     folder = embedded_folder()
     return {
         "versions": {
@@ -73,12 +75,12 @@ def collect() -> dict[str, Any]:
         ],
         "devices": [_cpu(), *(_cuda(index) for index in range(torch.cuda.device_count()))],
         "attention": [
-            {"name": name, "usable": usable, "about": about} for name, usable, about in available_providers(device.type)
+            {"name": name, "usable": usable, "about": about} for name, usable, about in available_providers(needs)
         ],
         "would_use": {
             "device": str(device),
-            "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
-            "attention": choose_provider("auto", device.type).name,
+            "dtype": dtype,
+            "attention": choose_provider("auto", needs).name,
             "answer_nll": answer_nll_path(device),
         },
         "embedded_model": {

@@ -4,72 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from fastscore.attention import Provider, choose_provider
+from fastscore.attention import AttentionNeeds, Provider, choose_provider
 from fastscore.config import ScorerConfig
+from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import ATTENTION_NAME, body_of, packed_hidden, padded_hidden, seq2seq_hidden
-from fastscore.packing import input_length, pack_requests, pad_groups, seq2seq_batches
-from fastscore.self_check import check_causal, check_packed, probe_requests, tolerance_for
-from fastscore.types import InputError, PackedBatch, ScoringRequest, Seq2SeqBatch
+from fastscore.packed_forward import ATTENTION_NAME, body_of, seq2seq_hidden
+from fastscore.padding import seq2seq_batch, slot_offsets
+from fastscore.self_check import check_causal, check_packed, check_provider, probe_requests, tolerance_for
+from fastscore.types import InputError, ScoringRequest
 
 logger = logging.getLogger("fastscore")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageModel:
-    """A loaded model. ``mode`` is ``packed``, ``padded`` (with the reason) or ``encoder-decoder``."""
-
-    model: PreTrainedModel
-    head: LMHead
-    device: torch.device
-    dtype: torch.dtype
-    provider: Provider
-    mode: str
-    reason: str
-    max_batch_tokens: int
-
-    def plan(self, requests: Sequence[ScoringRequest]) -> Sequence[PackedBatch | Seq2SeqBatch]:
-        """Batches for ``answer_hidden``: every request in exactly one."""
-        if self.mode == "encoder-decoder":
-            config = self.model.config
-            return seq2seq_batches(
-                requests,
-                self.max_batch_tokens,
-                start_token=config.decoder_start_token_id,
-                pad_token=config.pad_token_id or 0,
-            )
-        pack = pack_requests if self.mode == "packed" else pad_groups
-        longest_short = _longest_short_input(self.model.config)
-        if longest_short is None:
-            return pack(requests, self.max_batch_tokens)
-        batches = []
-        for is_long in (True, False):
-            places = [i for i, request in enumerate(requests) if (input_length(request) > longest_short) == is_long]
-            for batch in pack([requests[i] for i in places], self.max_batch_tokens):
-                batches.append(replace(batch, request_index=tuple(places[i] for i in batch.request_index)))
-        return batches
-
-    @torch.inference_mode()
-    def answer_hidden(self, batch: PackedBatch | Seq2SeqBatch) -> torch.Tensor:
-        """Final hidden states ``[A, D]`` of the tokens that predict the batch's ``target_A``."""
-        if isinstance(batch, Seq2SeqBatch):
-            hidden_BLD = seq2seq_hidden(self.model, batch.prompt_ids_BP, batch.prompt_mask_BP, batch.decoder_ids_BL)
-            hidden_TD = hidden_BLD.flatten(0, 1)
-        elif self.mode == "packed":
-            hidden_TD = packed_hidden(self.model, batch, self.provider.load())
-        else:
-            hidden_TD = padded_hidden(self.model, batch)
-        return hidden_TD[batch.answer_row_A]
 
 
 def load_config(source: ModelSource, config: ScorerConfig) -> Any:
@@ -119,7 +73,11 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    provider = choose_provider(config.attention, device.type)
+    # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
+    choose_provider(
+        config.attention,
+        AttentionNeeds(device.type, str(dtype).removeprefix("torch."), deterministic=config.deterministic),
+    )
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra = {"device_map": config.device_map} if config.device_map else {}
     model: PreTrainedModel
@@ -130,36 +88,41 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         model = _with_adapter(model, config.adapter)
     if not config.device_map:
         model = model.to(device)  # type: ignore[arg-type]
-    return prepare_model(model, provider, config.max_batch_tokens)
+    return prepare_model(model, config)
 
 
-def prepare_model(model: PreTrainedModel, provider: Provider, max_batch_tokens: int | None = None) -> LanguageModel:
+def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel:
     """Find out by a self-check whether packs run through a model in memory, and leave it ready for scoring.
 
-    The model is changed: it is put into evaluation mode, and its attention goes through ``provider`` from now on.
+    The model is changed: it is put into evaluation mode, and its attention runs packs from now on.
 
     Raises:
-        InputError: the model is not causal, or its LM head is of an unknown kind.
+        InputError: the model is not causal, its LM head is of an unknown kind, or the attention provider that was
+            asked for cannot serve it.
     """
     model.eval().requires_grad_(False)
     if model.config._attn_implementation == ATTENTION_NAME:  # prepared before: the check starts from its own attention
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
-    if (
-        model.config._attn_implementation == "sdpa"
-        and getattr(model.config, "attn_logit_softcapping", None) is not None
-    ):
+    soft_cap = getattr(model.config, "attn_logit_softcapping", None)
+    if model.config._attn_implementation == "sdpa" and soft_cap is not None:
         model.set_attn_implementation("eager")  # the SDPA of transformers 5.17 leaves the soft cap out
     device = model.device
     head = find_lm_head(model)
+    provider = None
     if model.config.is_encoder_decoder:
         if getattr(model.config, "decoder_start_token_id", None) is None:
             raise InputError("the model's config has no decoder_start_token_id: what an answer begins with is unknown")
         mode, reason = "encoder-decoder", "an encoder-decoder is not packed"
     else:
-        check_causal(model, device)
-        reason = check_packed(model, provider.load(), device)
+        if reason := check_causal(model, device):
+            raise InputError(reason)
+        reason, needs = check_packed(model, device)
         mode = "padded" if reason else "packed"
+        if not reason:
+            provider = _working_provider(model, config.attention, replace(needs, deterministic=config.deterministic))
     _check_head(model, head, device)
+    if config.deterministic and mode != "packed":
+        raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
     loaded = LanguageModel(
         model=model,
         head=head,
@@ -168,13 +131,29 @@ def prepare_model(model: PreTrainedModel, provider: Provider, max_batch_tokens: 
         provider=provider,
         mode=mode,
         reason=reason,
-        max_batch_tokens=max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
+        max_batch_tokens=config.max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
+        share_prefixes=config.share_prefixes,
+        deterministic=config.deterministic,
+        longest_packed=_longest_short_input(model.config),
     )
-    if mode == "packed":
+    if provider is not None:
         logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), provider.name)
     else:
         logger.warning("%s, %s, not packed: %s", device, _dtype_name(model.dtype), reason)
     return loaded
+
+
+def _working_provider(model: PreTrainedModel, name: str, needs: AttentionNeeds) -> Provider:
+    """The provider of that name, or the first that can serve; it is tried on this model before it is taken."""
+    passed_over: set[str] = set()
+    while True:
+        provider = choose_provider(name, needs, passed_over)
+        if not (reason := check_provider(model, provider.load(), model.device)):
+            return provider
+        if name != "auto":
+            raise InputError(f"attention provider {name!r} cannot be used: {reason}")
+        logger.warning("attention by %s passed over: %s", provider.name, reason)
+        passed_over.add(provider.name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -233,13 +212,18 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> None:
     """A few tokens through the whole model and through body and head: the logits must agree."""
-    ids_1L = torch.tensor([probe_requests(head.weight_VD.shape[0])[0].token_ids], device=device)
+    request = probe_requests(head.weight_VD.shape[0])[0]
+    ids_1L = torch.tensor([request.token_ids], device=device)
     attention = model.config._attn_implementation
     model.set_attn_implementation(model.get_correct_attn_implementation(None))
     try:
         if model.config.is_encoder_decoder:
-            hidden_LD = seq2seq_hidden(model, ids_1L, torch.ones_like(ids_1L), ids_1L)[0]
-            logits_LV = model(input_ids=ids_1L, decoder_input_ids=ids_1L, use_cache=False).logits[0]
+            pair = ScoringRequest(request.token_ids + request.token_ids, len(request.token_ids))
+            batch = seq2seq_batch([pair], [0], slot_offsets([pair]), model.config.decoder_start_token_id, 0).to(device)
+            hidden_LD = seq2seq_hidden(model, batch)
+            logits_LV = model(
+                input_ids=batch.prompt_ids_BP, decoder_input_ids=batch.decoder_ids_BL, use_cache=False
+            ).logits[0]
         else:
             hidden_LD = body_of(model)(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
             logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]

@@ -1,29 +1,36 @@
-"""A Hugging Face model's forward pass over packs: through its attention interface, or padded.
+"""A Hugging Face model's forward pass: over packs through its attention interface, or over padded batches.
 
-Shapes: T packed tokens, A answer rows, D hidden, H heads, K key-value heads, d head size, B batch, L padded length.
+Shapes: T packed tokens, C keys carried into a pack, D hidden, H heads, K key-value heads, d head size, B batch, L
+padded length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastscore.attention import Attend
-from fastscore.types import PackedBatch
+from fastscore.types import PackedBatch, PaddedBatch, Seq2SeqBatch
 
 ATTENTION_NAME = "fastscore_packed"
 
+CarriedKeys = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values ``[C, K, d]`` that a pack leaves to the next, one entry per attention call of the forward pass."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class PackedForward:
     """What travels through the model's keyword arguments to its attention layers."""
 
     pack: PackedBatch
     attend: Attend
+    carried: CarriedKeys
+    """From the pack before; empty where nothing was carried."""
+    carry: CarriedKeys = field(default_factory=list)
+    """For the next pack; grows by one entry with every attention call."""
 
 
 def _packed_attention(
@@ -41,10 +48,16 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function that the model's attention layers call; ``[1, T, H, d]`` back, as they expect."""
+    key_TKd, value_TKd = key_1KTd[0].transpose(0, 1), value_1KTd[0].transpose(0, 1)
+    if packed.carried:
+        key_CKd, value_CKd = packed.carried[len(packed.carry)]
+        key_TKd, value_TKd = torch.cat([key_CKd, key_TKd]), torch.cat([value_CKd, value_TKd])
+    rows = packed.pack.carry_rows
+    packed.carry.append((key_TKd[rows], value_TKd[rows]))
     out_THd = packed.attend(
         query_1HTd[0].transpose(0, 1),
-        key_1KTd[0].transpose(0, 1),
-        value_1KTd[0].transpose(0, 1),
+        key_TKd,
+        value_TKd,
         packed.pack,
         scaling=query_1HTd.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
@@ -69,40 +82,33 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, "model", base) if base is model else base
 
 
-def packed_hidden(model: PreTrainedModel, pack: PackedBatch, attend: Attend) -> torch.Tensor:
-    """Hidden states ``[T, D]`` of a pack. The model's attention implementation must be ``ATTENTION_NAME``."""
-    output = body_of(model)(
-        input_ids=pack.token_ids_T[None],
-        position_ids=pack.position_ids_T[None],
-        use_cache=False,
-        packed=PackedForward(pack, attend),
-    )
-    return output.last_hidden_state[0]
+def packed_hidden(
+    model: PreTrainedModel, pack: PackedBatch, attend: Attend, carried: CarriedKeys
+) -> tuple[torch.Tensor, CarriedKeys]:
+    """Hidden states ``[T, D]`` of a pack, and what the next one needs.
 
-
-def padded_hidden(model: PreTrainedModel, pack: PackedBatch) -> torch.Tensor:
-    """Hidden states ``[T, D]`` of the same pack, its segments as one right-padded batch.
-
-    On the right, so that padding comes after everything that is scored: no causal model can see it, whatever its
-    positions or its recurrent state.
+    The model's attention implementation must be ``ATTENTION_NAME``; ``carried`` comes from the pack before.
     """
-    segments = pack.token_ids_T.split(list(pack.seqlens_q))
-    ids_BL = pad_sequence(list(segments), batch_first=True, padding_value=0)
-    lengths_B = torch.tensor(pack.seqlens_q, device=ids_BL.device)
-    mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-    output = body_of(model)(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
-    return output.last_hidden_state[mask_BL]
+    forward = PackedForward(pack, attend, carried if pack.num_carried else [])
+    output = body_of(model)(
+        input_ids=pack.token_ids_T[None], position_ids=pack.position_ids_T[None], use_cache=False, packed=forward
+    )
+    return output.last_hidden_state[0], forward.carry
 
 
-def seq2seq_hidden(
-    model: PreTrainedModel, prompt_ids_BP: torch.Tensor, prompt_mask_BP: torch.Tensor, decoder_ids_BL: torch.Tensor
-) -> torch.Tensor:
-    """Decoder states ``[B, L, D]`` of an encoder-decoder."""
-    encoded = model.get_encoder()(input_ids=prompt_ids_BP, attention_mask=prompt_mask_BP)
+def padded_hidden(model: PreTrainedModel, batch: PaddedBatch) -> torch.Tensor:
+    """Hidden states ``[B * L, D]`` of a right-padded batch, in the model's own attention."""
+    output = body_of(model)(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def seq2seq_hidden(model: PreTrainedModel, batch: Seq2SeqBatch) -> torch.Tensor:
+    """Decoder states ``[B * L, D]`` of an encoder-decoder."""
+    encoded = model.get_encoder()(input_ids=batch.prompt_ids_BP, attention_mask=batch.prompt_mask_BP)
     decoded = model.get_decoder()(
-        input_ids=decoder_ids_BL,
+        input_ids=batch.decoder_ids_BL,
         encoder_hidden_states=encoded.last_hidden_state,
-        encoder_attention_mask=prompt_mask_BP,
+        encoder_attention_mask=batch.prompt_mask_BP,
         use_cache=False,
     )
-    return decoded.last_hidden_state
+    return decoded.last_hidden_state.flatten(0, 1)

@@ -2,10 +2,10 @@
 
 Shapes: T tokens of a pack, S segments in it, P pieces, A answer rows, Q answer slots.
 
-A pack is any run of the stream, so packs are full whatever the lengths of the requests, a request longer than the budget
-runs in several, and no prefix is computed twice. What a pack needs of the tokens before it is the chain of its first
-token (depth-first order sees to that): their keys and values are kept from the packs before. They cost memory, the
-length of one request at most, where computing them again would cost a forward pass of that length at every cut.
+A pack is any run of the stream, so packs are full whatever the lengths of the requests, a request longer than the
+budget runs in several, and no prefix is computed twice. What a pack needs of the tokens before it is the chain of its
+first token (depth-first order sees to that): their keys and values are kept from the packs before. That costs memory,
+for the length of one request at most, where computing them again would cost a forward pass of that length at every cut.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _KeySpace:
         self.size = int(carried_length.sum())
 
     def place(self, stream_start: Ints, length: Ints) -> tuple[Ints, Ints, Ints]:
-        """Runs of the stream as runs of the key space: ``(run, start, length)``, each cut in two at the pack's start."""
+        """Runs of the stream as ``(run, start, length)`` in the key space, each cut in two at the pack's start."""
         before = np.clip(self.start - stream_start, 0, length)
         index = np.maximum(np.searchsorted(self._run_start, stream_start, side="right") - 1, 0)
         if len(self._run_start):

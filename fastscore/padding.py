@@ -21,61 +21,56 @@ def slot_offsets(requests: Sequence[ScoringRequest]) -> Ints:
     return offsets(np.array([request.num_answer_tokens for request in requests], dtype=np.int64))
 
 
-def padded_batches(requests: Sequence[ScoringRequest], max_tokens: int) -> list[PaddedBatch]:
-    """Near-equal lengths together, the longest first; at most ``max_tokens`` with their padding."""
-    widths = [(len(request.token_ids) - 1,) for request in requests]
-    slots_R = slot_offsets(requests)
-    return [_padded_batch([requests[i] for i in group], slots_R[group]) for group in _group(widths, max_tokens)]
+def padded_groups(requests: Sequence[ScoringRequest], max_tokens: int) -> list[list[int]]:
+    """Requests for :func:`padded_batch`: near-equal lengths together, at most ``max_tokens`` with their padding."""
+    return _group([(len(request.token_ids) - 1,) for request in requests], max_tokens)
 
 
-def seq2seq_batches(
-    requests: Sequence[ScoringRequest], max_tokens: int, *, start_token: int, pad_token: int
-) -> list[Seq2SeqBatch]:
-    """Near-equal prompts together: at most ``max_tokens`` with their padding on both sides."""
-    widths = [(request.answer_start, request.num_answer_tokens) for request in requests]
-    slots_R = slot_offsets(requests)
-    return [
-        _seq2seq_batch([requests[i] for i in group], slots_R[group], start_token, pad_token)
-        for group in _group(widths, max_tokens)
-    ]
+def seq2seq_groups(requests: Sequence[ScoringRequest], max_tokens: int) -> list[list[int]]:
+    """Requests for :func:`seq2seq_batch`: at most ``max_tokens`` with their padding on both sides."""
+    return _group([(request.answer_start, request.num_answer_tokens) for request in requests], max_tokens)
 
 
-def _padded_batch(requests: Sequence[ScoringRequest], first_slot_B: Ints) -> PaddedBatch:
-    inputs = [request.token_ids[:-1] for request in requests]
+def padded_batch(requests: Sequence[ScoringRequest], group: Sequence[int], slot_offset_R: Ints) -> PaddedBatch:
+    """The requests at ``group`` as one batch."""
+    members = [requests[index] for index in group]
+    inputs = [request.token_ids[:-1] for request in members]
     token_ids_BL, mask_BL = _right_pad(inputs, 0)
-    start_B = np.array([request.answer_start for request in requests], dtype=np.int64)
-    count_B = np.array([request.num_answer_tokens for request in requests], dtype=np.int64)
+    start_B = np.array([request.answer_start for request in members], dtype=np.int64)
+    count_B = np.array([request.num_answer_tokens for request in members], dtype=np.int64)
     # The token before an answer token predicts it.
-    row_A = ranges(np.arange(len(requests)) * token_ids_BL.shape[1] + start_B - 1, count_B)
+    row_A = ranges(np.arange(len(members)) * token_ids_BL.shape[1] + start_B - 1, count_B)
     return PaddedBatch(
         token_ids_BL=token_ids_BL,
         mask_BL=mask_BL,
         answer_row_A=torch.from_numpy(row_A),
-        target_Q=_targets(requests),
+        target_Q=_targets(members),
         slot_row_Q=np.arange(len(row_A)),
-        slot_Q=ranges(first_slot_B, count_B),
+        slot_Q=ranges(slot_offset_R[list(group)], count_B),
         num_tokens=sum(map(len, inputs)),
     )
 
 
-def _seq2seq_batch(
-    requests: Sequence[ScoringRequest], first_slot_B: Ints, start_token: int, pad_token: int
+def seq2seq_batch(
+    requests: Sequence[ScoringRequest], group: Sequence[int], slot_offset_R: Ints, start_token: int, pad_token: int
 ) -> Seq2SeqBatch:
-    prompts = [request.token_ids[: request.answer_start] for request in requests]
-    answers = [request.token_ids[request.answer_start :] for request in requests]
+    """The requests at ``group`` as one batch; answers are decoded after ``start_token``."""
+    members = [requests[index] for index in group]
+    prompts = [request.token_ids[: request.answer_start] for request in members]
+    answers = [request.token_ids[request.answer_start :] for request in members]
     prompt_ids_BP, prompt_mask_BP = _right_pad(prompts, pad_token)
     decoder_ids_BL, _ = _right_pad([(start_token, *answer[:-1]) for answer in answers], pad_token)
     count_B = np.array([len(answer) for answer in answers], dtype=np.int64)
-    row_A = ranges(np.arange(len(requests)) * decoder_ids_BL.shape[1], count_B)
+    row_A = ranges(np.arange(len(members)) * decoder_ids_BL.shape[1], count_B)
     return Seq2SeqBatch(
         prompt_ids_BP=prompt_ids_BP,
         prompt_mask_BP=prompt_mask_BP,
         decoder_ids_BL=decoder_ids_BL,
         answer_row_A=torch.from_numpy(row_A),
-        target_Q=_targets(requests),
+        target_Q=_targets(members),
         slot_row_Q=np.arange(len(row_A)),
-        slot_Q=ranges(first_slot_B, count_B),
-        num_tokens=sum(len(request.token_ids) for request in requests),
+        slot_Q=ranges(slot_offset_R[list(group)], count_B),
+        num_tokens=sum(len(request.token_ids) for request in members),
     )
 
 

@@ -52,17 +52,20 @@ class PrefixTree:
         return len(self.token_ids_U)
 
 
-def build_prefix_tree(requests: Sequence[ScoringRequest]) -> PrefixTree:
+def build_prefix_tree(requests: Sequence[ScoringRequest], *, share: bool = True) -> PrefixTree:
     """The tree of the requests' inputs (all tokens but the last, which is only predicted).
 
-    Costs a sort of the requests and a few passes over their tokens.
+    Costs a sort of the requests and a few passes over their tokens. ``share=False`` gives every request tokens of its
+    own, for comparison.
     """
     total_R = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
     offset_R = offsets(total_R)
     ids = np.fromiter(chain.from_iterable(r.token_ids for r in requests), dtype=np.int64, count=int(offset_R[-1]))
     input_R = total_R - 1
-    order_R = _sorted_order(ids, offset_R, input_R)
-    shared_R = _shared_with_previous(ids, offset_R[order_R], input_R[order_R])
+    order_R = _sorted_order(ids, offset_R, input_R) if share else np.arange(len(requests))
+    shared_R = np.zeros(len(requests), dtype=np.int64)
+    if share:
+        shared_R = _shared_with_previous(ids, offset_R[order_R], input_R[order_R])
     order_R, shared_R = _longest_first(order_R, shared_R, input_R)
 
     new_R = input_R[order_R] - shared_R

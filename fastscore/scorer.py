@@ -7,18 +7,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
 import transformers
-from fastscore_kernels.answer_nll import answer_nll, answer_nll_path
+from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastscore.aggregate import finite, split_answers, teacher_scores
-from fastscore.attention import choose_provider
-from fastscore.config import DEFAULT_MODEL, Answers, Combine, DType, Overflow, ScorerConfig, TaskConfig
+from fastscore.answer_head import AnswerHead
+from fastscore.config import (
+    DEFAULT_MODEL,
+    DEFAULT_WINDOW_TOKENS,
+    Answers,
+    Combine,
+    DType,
+    Overflow,
+    ScorerConfig,
+    TaskConfig,
+)
+from fastscore.language_model import LanguageModel
 from fastscore.model_source import resolve_model
-from fastscore.models import LanguageModel, load_config, load_model, load_tokenizer, max_context, prepare_model
+from fastscore.models import load_config, load_model, load_tokenizer, max_context, prepare_model
 from fastscore.tasks import expand_row, output_row
 from fastscore.tokenization import PairTokenizer
 from fastscore.types import (
@@ -31,11 +42,9 @@ from fastscore.types import (
     ScoredRow,
     ScoringRequest,
 )
+from fastscore.windows import TOKENISED_PAIRS, EncodedRow, chunks, windows
 
 logger = logging.getLogger("fastscore")
-
-WINDOW_PAIRS = 8192
-"""Pairs that are tokenised, packed and scored together when rows are streamed."""
 
 Progress = Callable[[RunStats], None]
 
@@ -61,6 +70,9 @@ class Scorer:
         trust_remote_code: bool = False,
         attention: str = "auto",
         max_batch_tokens: int | None = None,
+        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        share_prefixes: bool = True,
+        deterministic: bool = False,
         overflow: Overflow = "error",
         cache_dir: str | None = None,
         device_map: str | None = None,
@@ -74,6 +86,9 @@ class Scorer:
             trust_remote_code=trust_remote_code,
             attention=attention,
             max_batch_tokens=max_batch_tokens,
+            window_tokens=window_tokens,
+            share_prefixes=share_prefixes,
+            deterministic=deterministic,
             overflow=overflow,
             cache_dir=cache_dir,
             device_map=device_map,
@@ -109,6 +124,9 @@ class Scorer:
         *,
         attention: str = "auto",
         max_batch_tokens: int | None = None,
+        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        share_prefixes: bool = True,
+        deterministic: bool = False,
         overflow: Overflow = "error",
     ) -> Scorer:
         """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
@@ -121,11 +139,17 @@ class Scorer:
         name = model.config.name_or_path or type(model).__name__
         scorer = cls.__new__(cls)
         scorer.config = ScorerConfig(
-            name, device=str(model.device), attention=attention, max_batch_tokens=max_batch_tokens, overflow=overflow
+            name,
+            device=str(model.device),
+            attention=attention,
+            max_batch_tokens=max_batch_tokens,
+            window_tokens=window_tokens,
+            share_prefixes=share_prefixes,
+            deterministic=deterministic,
+            overflow=overflow,
         )
         scorer._set_up(model.config, tokenizer, name)
-        provider = choose_provider(attention, model.device.type)
-        scorer._model = prepare_model(model, provider, max_batch_tokens)
+        scorer._model = prepare_model(model, scorer.config)
         return scorer
 
     def load(self) -> LanguageModel:
@@ -189,26 +213,12 @@ class Scorer:
 
         A bad row raises, or is handed to ``on_bad_row`` and left out.
         """
-        for window in _windows(self._expanded(rows, task_config, on_bad_row), WINDOW_PAIRS):
-            pairs = [pair for row_pairs in window for pair in row_pairs.pairs]
-            encoded = self._pair_tokenizer.encode(pairs)
-            kept: list[RowPairs] = []
-            requests: list[ScoringRequest] = []
-            start = 0
-            for row_pairs in window:
-                row_requests = encoded[start : start + len(row_pairs.pairs)]
-                start += len(row_pairs.pairs)
-                error = next((request for request in row_requests if isinstance(request, InputError)), None)
-                if error is None:
-                    kept.append(row_pairs)
-                    requests += row_requests  # type: ignore[arg-type]
-                else:
-                    _report(row_pairs.row, error, on_bad_row)
-            scores = self._score_requests(requests, partial(_place, kept), on_progress)
-            start = 0
-            for row_pairs in kept:
-                row_scores = tuple(scores[start : start + len(row_pairs.pairs)])
-                start += len(row_pairs.pairs)
+        for window in windows(self._encoded(rows, task_config, on_bad_row), self.config.window_tokens):
+            together = [request for _, requests in window for request in requests]
+            place = partial(_place, [row_pairs for row_pairs, _ in window])
+            scores = iter(self._score_requests(together, place, on_progress))
+            for row_pairs, requests in window:
+                row_scores = tuple(islice(scores, len(requests)))
                 yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, task_config.combine), row_scores)
 
     def describe(self) -> dict[str, Any]:
@@ -225,12 +235,30 @@ class Scorer:
             "dtype": str(model.dtype).removeprefix("torch."),
             "mode": model.mode,
             "mode_reason": model.reason,
-            "attention": model.provider.name if model.mode == "packed" else "model's own",
+            "attention": model.provider.name if model.provider is not None else "model's own",
             "answer_nll": answer_nll_path(model.device),
             "max_batch_tokens": model.max_batch_tokens,
+            "window_tokens": self.config.window_tokens,
+            "share_prefixes": self.config.share_prefixes,
+            "deterministic": self.config.deterministic,
             "overflow": self.config.overflow,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
+
+    def _encoded(
+        self, rows: Iterable[Row], config: TaskConfig, on_bad_row: Callable[[Row, InputError], None] | None
+    ) -> Iterator[EncodedRow]:
+        """Rows with the requests of their pairs, tokenised many at a time."""
+        for chunk in chunks(self._expanded(rows, config, on_bad_row), TOKENISED_PAIRS):
+            encoded = iter(self._pair_tokenizer.encode([pair for row_pairs in chunk for pair in row_pairs.pairs]))
+            for row_pairs in chunk:
+                results = list(islice(encoded, len(row_pairs.pairs)))
+                requests = [result for result in results if isinstance(result, ScoringRequest)]
+                if len(requests) == len(results):
+                    yield row_pairs, requests
+                else:
+                    error = next(result for result in results if isinstance(result, InputError))
+                    _report(row_pairs.row, error, on_bad_row)
 
     def _expanded(
         self, rows: Iterable[Row], config: TaskConfig, on_bad_row: Callable[[Row, InputError], None] | None
@@ -256,41 +284,37 @@ class Scorer:
         place: Callable[[int], str],
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
-        """tokens -> packs -> hidden states of the answer rows -> NLL -> scores, in the order of the requests.
+        """tokens -> prefix tree -> packs -> hidden states of answer rows -> NLL -> scores, in the requests' order.
 
         ``place`` says in an error where a request came from.
         """
-        scores: list[AnswerScore | None] = [None] * len(requests)
         model, stats = self._model, self.stats
-        stats.count_padded([len(request.token_ids) for request in requests])
         started = time.perf_counter()
-        for batch in model.plan(requests):
-            batch = batch.to(model.device)
-            hidden_AD = model.answer_hidden(batch)
-            nll_A, top1_A = answer_nll(
-                hidden_AD,
-                model.head.weight_VD,
-                batch.target_A,
-                bias=model.head.bias_V,
-                logit_scale=model.head.logit_scale,
-                logit_softcap=model.head.logit_softcap,
-                check_targets=False,  # tokenization has looked at every id
-            )
-            greedy_A = top1_A == batch.target_A
-            answers = split_answers(nll_A.tolist(), greedy_A.tolist(), batch.answer_offsets)
-            for index, score in zip(batch.request_index, answers, strict=True):
-                scores[index] = finite(score, place, index)
-            stats.pairs += len(batch.request_index)
-            stats.answer_tokens += batch.answer_offsets[-1]
+        stats.count_padded([len(request.token_ids) for request in requests])
+        slots, batches = model.run(requests)
+        head = AnswerHead(model.head, slots.count, fixed_rows=model.deterministic)
+        share = len(requests) / max(1, slots.count)
+        done = 0.0
+        for batch, hidden_AD in batches:
+            head.add(batch, hidden_AD)
+            # A request is done with its last answer token; in between, pairs are counted by their share of the slots.
+            done += share * len(batch.slot_Q)
             stats.tokens_computed += batch.num_tokens
             stats.packs += 1
             stats.pack_tokens += max(model.max_batch_tokens, batch.num_tokens)
-            stats.seconds += time.perf_counter() - started
-            started = time.perf_counter()
             if on_progress is not None:
-                on_progress(replace(stats))
+                elapsed = stats.seconds + time.perf_counter() - started
+                on_progress(replace(stats, pairs=stats.pairs + int(done), seconds=elapsed))
+        nll_Q, greedy_Q = head.finish()
+        answers = split_answers(nll_Q[slots.slot].tolist(), greedy_Q[slots.slot].tolist(), slots.offset_R.tolist())
+        scores = [finite(score, place, index) for index, score in enumerate(answers)]
+        stats.pairs += len(requests)
+        stats.answer_tokens += len(slots.slot)
         stats.tokens_unpadded += sum(len(request.token_ids) for request in requests)
-        return [_known(score) for score in scores]
+        stats.seconds += time.perf_counter() - started
+        if on_progress is not None:
+            on_progress(replace(stats))
+        return scores
 
 
 def _place(rows: Sequence[RowPairs], index: int) -> str:
@@ -306,26 +330,8 @@ def _ids(token_ids: Any) -> tuple[int, ...]:
     return tuple(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)
 
 
-def _windows(rows: Iterable[RowPairs], max_pairs: int) -> Iterator[list[RowPairs]]:
-    window: list[RowPairs] = []
-    size = 0
-    for row in rows:
-        window.append(row)
-        size += len(row.pairs)
-        if size >= max_pairs:
-            yield window
-            window, size = [], 0
-    if window:
-        yield window
-
-
 def _report(row: Row, error: InputError, on_bad_row: Callable[[Row, InputError], None] | None) -> None:
     located = error.at(path=row.path, line=row.line)
     if on_bad_row is None:
         raise located
     on_bad_row(row, located)
-
-
-def _known(score: AnswerScore | None) -> AnswerScore:
-    assert score is not None, "every request is in exactly one batch"
-    return score

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
-from fastscore.attention import Attend
-from fastscore.packed_forward import ATTENTION_NAME, packed_hidden, padded_hidden
-from fastscore.packing import build_pack
-from fastscore.types import InputError, ScoringRequest
+from fastscore.attention import PROVIDERS, Attend, AttentionNeeds
+from fastscore.packed_forward import ATTENTION_NAME, CarriedKeys, packed_hidden, padded_hidden
+from fastscore.packing import cut_pack
+from fastscore.padding import padded_batch, slot_offsets
+from fastscore.prefix_tree import build_prefix_tree
+from fastscore.types import PackedBatch, ScoringRequest
 
-PROBE_LENGTHS = (9, 14, 9)
+PROBE_LENGTHS = (14, 9)
+SHARED_LENGTH = 6
 VARLEN_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types that varlen attention computes. Others (chunked, sparse, compressed) may differ only beyond a length that
 no probe reaches."""
 
 
 def probe_requests(vocab_size: int) -> list[ScoringRequest]:
-    """Three short requests of spread-out token ids; the first and the last have the same length."""
+    """Short requests of spread-out token ids: two, one that begins like the first, and one of the first's length."""
     generator = torch.Generator().manual_seed(20)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocab_size, (length,), generator=generator).tolist())
+
+    long, short = PROBE_LENGTHS
+    first = tokens(long + 1)
+    # Answers as long as can be: every token but the first is asked for, so every hidden state counts.
     return [
-        ScoringRequest(tuple(torch.randint(vocab_size, (length + 1,), generator=generator).tolist()), 1)
-        for length in PROBE_LENGTHS
+        ScoringRequest(ids, 1)
+        for ids in (first, tokens(short + 1), first[:SHARED_LENGTH] + tokens(short), tokens(long + 1))
     ]
 
 
@@ -30,66 +42,153 @@ def tolerance_for(dtype: torch.dtype) -> float:
     return 1e-3 if dtype == torch.float32 else 0.1
 
 
-def check_packed(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
-    """Why packs do not work with this model, or "" when they do; then it is left ready for them.
+@torch.inference_mode()
+def check_packed(model: PreTrainedModel, device: torch.device) -> tuple[str, AttentionNeeds]:
+    """Why packs do not work with this model, or "" when they do (then it is left ready for them); and its needs.
 
-    Two questions. Agreement: are two sequences in a pack what each is alone, in the model's own attention?
-    Isolation: does the second stay the same when the first is replaced by another of its length? The shapes are the
-    same then, so that even in low precision a leak shows.
+    Three questions, asked with the plain reference attention. Agreement: are two sequences in a pack what each is
+    alone, in the model's own attention? Isolation: does the second stay the same when the first is replaced by another
+    of its length? The shapes are the same then, so that even in low precision a leak shows. Sharing: are sequences
+    still the same when they share a prefix and are cut into several packs?
     """
+    recorder = _Recorder(PROVIDERS["reference"].load(), AttentionNeeds(device.type, _name(model.dtype)))
     if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - VARLEN_LAYERS:
-        return f"layers of type {', '.join(sorted(others))}"
+        return f"layers of type {', '.join(sorted(others))}", recorder.needs
     original = model.config._attn_implementation
     try:
-        reason = _differences(model, attend, device)
+        reason = _differences(model, recorder, device)
     except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
         reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
     if reason:
         model.set_attn_implementation(original)
-    return reason
+    return reason, recorder.needs
 
 
 @torch.inference_mode()
+def check_provider(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
+    """How a provider's attention differs from the reference on a model that runs packs, or ""."""
+    first, second, third, _ = probe_requests(_vocab_size(model))
+    truth = _run(model, [first, second, third], PROVIDERS["reference"].load(), device)
+    try:
+        found = _run(model, [first, second, third], attend, device)
+    except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
+        return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+    difference = _relative(found, truth)
+    return "" if difference <= tolerance_for(model.dtype) else f"it is wrong (relative difference {difference:.1e})"
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, device: torch.device) -> str:
+    """Why this is no causal language model, or "": does a token know only what stands before it?
+
+    In an encoder such as BERT later tokens change the hidden states of earlier ones, so there is no log-probability
+    of an answer given its prompt.
+    """
+    first, _, _, other = probe_requests(_vocab_size(model))
+    kept = 3
+    before, after = (
+        _alone(model, ScoringRequest(first.token_ids[:kept] + rest.token_ids[kept:], 1), device)[:kept]
+        for rest in (first, other)
+    )
+    difference = _relative(after, before)
+    if difference <= tolerance_for(model.dtype):
+        return ""
+    return (
+        f"{type(model).__name__} is not a causal language model: later tokens change earlier hidden states "
+        f"(relative difference {difference:.1e})"
+    )
+
+
 def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
-    requests = probe_requests(model.get_input_embeddings().weight.shape[0])
-    alone = [padded_hidden(model, build_pack(requests, [index]).to(device)).float() for index in (0, 1)]
+    first, second, third, other = probe_requests(_vocab_size(model))
+    alone = [_alone(model, request, device) for request in (first, second, third)]
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         return "its attention does not go through transformers' attention interface"
-    packed = packed_hidden(model, build_pack(requests, [0, 1]).to(device), attend).float()
-    replaced = packed_hidden(model, build_pack(requests, [2, 1]).to(device), attend).float()
-
     tolerance = tolerance_for(model.dtype)
-    first = PROBE_LENGTHS[0]
-    leak = _relative(replaced[first:], packed[first:])
+    # Nothing shared here, so the longer request stands first.
+    packed = _run(model, [first, second], attend, device, share=False)
+    replaced = _run(model, [other, second], attend, device, share=False)
+    length = PROBE_LENGTHS[0]
+    leak = _relative(replaced[length:], packed[length:])
     if not leak <= tolerance / 10:
         return f"tokens of one sequence reach another in its pack (relative difference {leak:.1e})"
-    difference = _relative(packed, torch.cat(alone))
+    difference = _relative(packed, torch.cat(alone[:2]))
     if not difference <= tolerance:
         return f"packed and separate sequences disagree (relative difference {difference:.1e})"
+    shared = _run(model, [first, second, third], attend, device)
+    difference = _relative(shared, torch.cat(alone))
+    if not difference <= tolerance:
+        return f"sequences that share a prefix disagree with separate ones (relative difference {difference:.1e})"
     return ""
 
 
-@torch.inference_mode()
-def check_causal(model: PreTrainedModel, device: torch.device) -> None:
-    """Does a token know only what stands before it?
+def _alone(model: PreTrainedModel, request: ScoringRequest, device: torch.device) -> torch.Tensor:
+    batch = padded_batch([request], [0], slot_offsets([request]))
+    return padded_hidden(model, batch.to(device)).float()
 
-    Raises:
-        InputError: later tokens change the hidden states of earlier ones (an encoder such as BERT), so there is no
-            log-probability of an answer given its prompt.
-    """
-    probe, _, other = probe_requests(model.get_input_embeddings().weight.shape[0])
-    kept = 3
-    changed = ScoringRequest(probe.token_ids[:kept] + other.token_ids[kept:], 1)
-    before, after = (
-        padded_hidden(model, build_pack([request], [0]).to(device)).float() for request in (probe, changed)
-    )
-    difference = _relative(after[:kept], before[:kept])
-    if not difference <= tolerance_for(model.dtype):
-        raise InputError(
-            f"{type(model).__name__} is not a causal language model: later tokens change earlier hidden states "
-            f"(relative difference {difference:.1e})"
+
+def _run(
+    model: PreTrainedModel, requests: list[ScoringRequest], attend: Attend, device: torch.device, share: bool = True
+) -> torch.Tensor:
+    """Hidden states of every request's tokens, one after the other; in several packs where prefixes are shared."""
+    tree = build_prefix_tree(requests, share=share)
+    size = 8 if share else tree.num_tokens
+    hidden, carried = [], CarriedKeys()
+    for start in range(0, tree.num_tokens, size):
+        pack: PackedBatch = cut_pack(tree, start, min(size, tree.num_tokens - start)).to(device)
+        hidden_TD, carried = packed_hidden(model, pack, attend, carried)
+        hidden.append(hidden_TD.float())
+    rows = torch.from_numpy(tree.slot_row_Q[tree.request_slot]).to(device)
+    return torch.cat(hidden)[rows]
+
+
+class _Recorder:
+    """Attention that notes what the model asks of it."""
+
+    def __init__(self, attend: Attend, needs: AttentionNeeds) -> None:
+        self._attend = attend
+        self.needs = needs
+
+    def __call__(
+        self,
+        query_THd: torch.Tensor,
+        key_TKd: torch.Tensor,
+        value_TKd: torch.Tensor,
+        pack: PackedBatch,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self.needs = replace(
+            self.needs,
+            dtype=_name(query_THd.dtype),
+            head_size=query_THd.shape[2],
+            value_head_size=value_TKd.shape[2],
+            sliding_window=self.needs.sliding_window or sliding_window is not None,
+            softcap=self.needs.softcap or softcap is not None,
+            sinks=self.needs.sinks or sinks is not None,
         )
+        return self._attend(
+            query_THd,
+            key_TKd,
+            value_TKd,
+            pack,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _relative(value_TD: torch.Tensor, truth_TD: torch.Tensor) -> float:

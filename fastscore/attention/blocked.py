@@ -1,7 +1,7 @@
 """Varlen attention whose sums do not depend on what else is in the pack, nor on how a request is cut into segments.
 
-Queries are taken in blocks at fixed positions of their requests (0 to 63, 64 to 127, ...), and every block runs against the
-same number of keys, whichever of its rows belong to the pack: one shape for each place in a text, so one order of
+Queries are taken in blocks at fixed positions of their requests (0 to 63, 64 to 127, ...), and every block runs against
+the same number of keys, whichever of its rows belong to the pack: one shape for each place in a text, so one order of
 summation. Missing rows are zeros.
 
 Shapes: T packed tokens, H query heads, K key-value heads, d head size; q queries and k keys of a block.
@@ -34,7 +34,9 @@ def attend(
     """See :class:`fastscore.attention.Attend`."""
     num_heads, num_kv = query_THd.shape[1], key_TKd.shape[1]
     # A row of zeros at the end stands for every missing query and key.
-    query_THd, key_TKd, value_TKd = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)) for t in (query_THd, key_TKd, value_TKd))
+    query_THd, key_TKd, value_TKd = (
+        torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)) for t in (query_THd, key_TKd, value_TKd)
+    )
     out_THd = query_THd.new_zeros(query_THd.shape[0], num_heads, value_TKd.shape[2])
     for position, query_rows_q, key_rows_k in _blocks(pack, query_THd.device):
         query_position_q = position + torch.arange(BLOCK, device=query_THd.device)[:, None]
@@ -77,7 +79,9 @@ def _blocks(pack: PackedBatch, device: torch.device) -> Blocks:
                 query_rows = np.where((rows >= first_q) & (rows < last_q), rows, no_query)
                 key_rows = np.full(position + BLOCK, no_key)
                 key_rows[: len(chain)] = chain[: position + BLOCK]
-                blocks.append((position, *(torch.from_numpy(each).to(device) for each in (query_rows, key_rows))))
+                blocks.append(
+                    (position, torch.from_numpy(query_rows).to(device), torch.from_numpy(key_rows).to(device))
+                )
         pack.memo["blocked"] = blocks
     made: Blocks = pack.memo["blocked"]
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -182,14 +182,16 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def choose_provider(name: str, needs: AttentionNeeds) -> Provider:
-    """The provider of that name, or for ``auto`` the first that can serve; those passed over are logged.
+def choose_provider(name: str, needs: AttentionNeeds, passed_over: Collection[str] = ()) -> Provider:
+    """The provider of that name, or for ``auto`` the first that can serve and is not among ``passed_over``.
 
     Raises:
         InputError: an unknown name, or a named provider that cannot serve.
     """
     if name == "auto":
         for provider in PROVIDERS.values():
+            if provider.name in passed_over:
+                continue
             if not (reason := provider.unusable(needs)):
                 return provider
             logger.debug("attention by %s is not possible: %s", provider.name, reason)

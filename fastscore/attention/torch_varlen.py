@@ -27,11 +27,8 @@ def _varlen(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     assert softcap is None, "the registry keeps models with a soft cap away"
-    if not call.causal:
-        window = (-1, -1)
-    else:
-        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    result = varlen_attn(
+    causal_window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    result: Any = varlen_attn(
         query_qHd,
         key_kKd,
         value_kKd,
@@ -41,7 +38,7 @@ def _varlen(
         call.max_seqlen_k,
         return_aux=AuxRequest(lse=True) if with_lse else None,
         scale=scaling,
-        window_size=window,
+        window_size=causal_window if call.causal else (-1, -1),
         **(_GQA if query_qHd.shape[1] != key_kKd.shape[1] else {}),
     )
     if not with_lse:

@@ -1,7 +1,7 @@
 """A pack through a library's varlen attention: one call over gathered keys, and one for each layer of rectangles.
 
-Shapes: T packed tokens, S segments, H query heads, K key-value heads, d head size; ``q`` and ``k`` are the queries and keys
-of one call.
+Shapes: T packed tokens, S segments, H query heads, K key-value heads, d head size; ``q`` and ``k`` are the queries and
+keys of one call.
 """
 
 from __future__ import annotations

@@ -1,0 +1,293 @@
+"""Attention providers against dense masked attention in fp64: each query sees exactly the prefix it stands on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastscore.attention import PROVIDERS, AttentionNeeds, available_providers, choose_provider
+from fastscore.attention import sdpa as sdpa_provider
+from fastscore.attention import varlen as varlen_module
+from fastscore.attention.blocked import BLOCK
+from fastscore.attention.reference import attend_segment
+from fastscore.attention.split import split_attention
+from fastscore.attention.varlen import VarlenCall, attend_varlen
+from fastscore.packing import cut_pack
+from fastscore.prefix_tree import build_prefix_tree
+from fastscore.types import InputError, PackedBatch, ScoringRequest
+
+
+def shared_requests(seed: int, count: int = 12, stem: int = 40) -> list[ScoringRequest]:
+    """Requests over a few long stems, with branches at several depths."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(100) for _ in range(rng.randint(1, stem))] for _ in range(3)]
+    result = []
+    for _ in range(count):
+        tokens = list(rng.choice(stems))
+        if rng.random() < 0.5:
+            tokens = tokens[: rng.randint(1, len(tokens))] + rng.choice(stems)
+        tokens += [rng.randrange(100) for _ in range(rng.randint(1, 12))]
+        result.append(ScoringRequest(tuple(tokens), len(tokens) - 1))
+    return result
+
+
+def packs_of(requests: list[ScoringRequest], size: int) -> list[PackedBatch]:
+    tree = build_prefix_tree(requests)
+    return [cut_pack(tree, start, min(size, tree.num_tokens - start)) for start in range(0, tree.num_tokens, size)]
+
+
+def inputs(
+    pack: PackedBatch, dtype: torch.dtype, seed: int = 0, heads: int = 4, kv_heads: int = 2, size: int = 16
+) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    keys = pack.num_carried + len(pack.token_ids_T)
+    return tuple(
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((len(pack.token_ids_T), heads, size), (keys, kv_heads, size), (keys, kv_heads, size))
+    )
+
+
+def truth(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackedBatch, **options: Any
+) -> torch.Tensor:
+    """One dense product in fp64, with a mask that says key by key what each token sees."""
+    query, key, value = query.double(), key.double(), value.double()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bounds = [*pack.query_start_S.tolist(), pack.num_segment_tokens]
+    runs = pack.key_runs
+    seen = torch.zeros(len(query), len(key), dtype=torch.bool)
+    for segment in range(pack.num_segments):
+        rows = [
+            row
+            for run in range(runs.offset_S[segment], runs.offset_S[segment + 1])
+            for row in range(int(runs.start_P[run]), int(runs.start_P[run] + runs.length_P[run]))
+        ]
+        first, stop = bounds[segment], bounds[segment + 1]
+        for token in range(first, stop):
+            prefix = rows[: len(rows) - (stop - 1 - token)]
+            seen[token, prefix[-(options.get("sliding_window") or len(prefix)) :]] = True
+    scores = torch.einsum("qhd,khd->qhk", query, key) * options["scaling"]
+    if options.get("softcap"):
+        scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+    scores = scores.masked_fill(~seen[:, None, :], -torch.inf)
+    if options.get("sinks") is not None:
+        scores = torch.cat([scores, options["sinks"].double()[None, :, None].expand(len(query), -1, 1)], dim=2)
+    return torch.einsum("qhk,khd->qhd", scores.softmax(dim=2)[:, :, : len(key)], value)
+
+
+def cpu_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: VarlenCall,
+    *,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the libraries' varlen functions do, in plain PyTorch: the orchestration around them runs here on a CPU."""
+    cu_q, cu_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    assert max(b - a for a, b in itertools.pairwise(cu_q)) == call.max_seqlen_q
+    assert max(b - a for a, b in itertools.pairwise(cu_k)) == call.max_seqlen_k
+    out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
+    groups = query.shape[1] // key.shape[1]
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
+        keys, values = key[k0:k1].repeat_interleave(groups, 1), value[k0:k1].repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->qhk", query[q0:q1], keys).float() * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if call.causal:
+            position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+            hidden = torch.arange(k1 - k0) > position
+            if sliding_window is not None:
+                hidden |= torch.arange(k1 - k0) <= position - sliding_window
+            scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+        out[q0:q1] = torch.einsum("qhk,khd->qhd", scores.softmax(-1).to(values.dtype), values)
+        lse[q0:q1] = scores.logsumexp(-1)
+    return out, lse if with_lse else None
+
+
+ATTENDS: dict[str, Any] = {
+    **{name: PROVIDERS[name].load() for name in ("sdpa", "blocked", "reference")},
+    "varlen": partial(attend_varlen, cpu_varlen),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"sliding_window": 7},
+    "wide-window": {"sliding_window": 1000},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "all": {"sliding_window": 5, "softcap": 3.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+}
+
+
+@pytest.fixture(params=[4, 10_000], ids=["rectangles", "gathered"])
+def min_rectangle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rectangles wherever a run has four keys, or nowhere."""
+    for module in (sdpa_provider, varlen_module):
+        monkeypatch.setattr(module, "split_attention", partial(split, least=request.param))
+    return int(request.param)
+
+
+def split(pack: PackedBatch, min_keys: int = 0, *, least: int) -> Any:
+    return split_attention(pack, least)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ATTENDS)
+def test_provider_equals_dense_attention(name: str, options: str, min_rectangle: int) -> None:
+    if name == "sdpa" and "softcap" in OPTIONS[options]:
+        assert PROVIDERS["sdpa"].unusable(AttentionNeeds("cpu", softcap=True))
+        return
+    given_options = {"sliding_window": None, "softcap": None, "sinks": None, "scaling": 0.3} | OPTIONS[options]
+    for seed, size in ((0, 1000), (1, 64), (2, 17)):
+        for pack in packs_of(shared_requests(seed), size):
+            query, key, value = inputs(pack, torch.float32, seed)
+            out = ATTENDS[name](query, key, value, pack, **given_options)
+            torch.testing.assert_close(
+                out.double(), truth(query, key, value, pack, **given_options), rtol=1e-5, atol=2e-6
+            )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 90), st.integers(1, 12))
+def test_providers_agree_on_any_pack(seed: int, size: int, count: int) -> None:
+    for pack in packs_of(shared_requests(seed, count), size):
+        query, key, value = inputs(pack, torch.float32, seed)
+        expected = truth(query, key, value, pack, scaling=0.3)
+        for attend in ATTENDS.values():
+            out = attend(query, key, value, pack, scaling=0.3, sliding_window=None, softcap=None, sinks=None)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ATTENDS)
+def test_low_precision_is_as_close_as_the_reference(name: str, dtype: torch.dtype, min_rectangle: int) -> None:
+    (pack,) = packs_of(shared_requests(5), 10_000)
+    query, key, value = inputs(pack, dtype)
+    options = {"scaling": 0.3, "sliding_window": None, "softcap": None, "sinks": None}
+    expected = truth(query, key, value, pack, **options)
+    own = (ATTENDS[name](query, key, value, pack, **options).double() - expected).abs().max()
+    reference = (ATTENDS["reference"](query, key, value, pack, **options).double() - expected).abs().max()
+    assert own <= reference + torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_rectangles_cover_what_many_queries_share() -> None:
+    header = list(range(300))
+    requests = [
+        ScoringRequest((*header, 1000 + question, *range(40), 2000 + choice, 5), 342)
+        for question in range(5)
+        for choice in range(4)
+    ]
+    (pack,) = packs_of(requests, 10_000)
+    parts = split_attention(pack, 128)
+    assert parts.rectangles, "the header is one"
+    widest = max(parts.rectangles, key=lambda each: each.last_q - each.first_q)
+    assert widest.first_k == 0
+    assert widest.last_k == 300
+    covered = sum((each.last_q - each.first_q) * (each.last_k - each.first_k) for each in parts.rectangles)
+    assert covered >= 0.9 * 300 * (pack.num_tokens - 342)
+    assert int(parts.rest.length_P.sum()) < 0.2 * int(pack.key_runs.length_P.sum()), "few keys are copied"
+
+
+def test_no_rectangles_without_sharing() -> None:
+    (pack,) = packs_of([ScoringRequest(tuple(range(first, first + 300)), 1) for first in (0, 1000, 2000)], 10_000)
+    assert split_attention(pack).rectangles == ()
+
+
+def test_padding_of_a_fixed_pack_is_zero() -> None:
+    tree = build_prefix_tree(shared_requests(3))
+    pack = cut_pack(tree, 0, tree.num_tokens, padded_to=tree.num_tokens + 9)
+    query, key, value = inputs(pack, torch.float32)
+    for name in ("blocked", "reference", "sdpa"):
+        out = ATTENDS[name](query, key, value, pack, scaling=0.3, sliding_window=None, softcap=None, sinks=None)
+        assert out.shape == query.shape
+        assert (out[tree.num_tokens :] == 0).all()
+
+
+def test_blocked_is_bitwise_the_same_however_a_text_is_cut() -> None:
+    """The same rows of q, k and v, reached through different segments, packs and neighbours."""
+    rng = random.Random(7)
+    tokens = tuple(rng.randrange(100) for _ in range(3 * BLOCK + 11))
+    generator = torch.Generator().manual_seed(1)
+    rows = {
+        place: tuple(torch.randn(heads, 16, generator=generator) for heads in (4, 2, 2)) for place in range(len(tokens))
+    }
+    options = {"scaling": 0.3, "sliding_window": None, "softcap": None, "sinks": None}
+
+    def last_row(others: list[ScoringRequest], size: int) -> torch.Tensor:
+        tree = build_prefix_tree([ScoringRequest((*tokens, 1), len(tokens)), *others])
+        carried: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for start in range(0, tree.num_tokens, size):
+            pack = cut_pack(tree, start, min(size, tree.num_tokens - start))
+            positions = pack.position_ids_T.tolist()
+            list(positions)
+            query, key, value = (torch.stack([rows[p][part] for p in positions]) for part in range(3))
+            if pack.num_carried:
+                key, value = torch.cat([carried[0][0], key]), torch.cat([carried[0][1], value])
+            out = ATTENDS["blocked"](query, key, value, pack, **options)
+            carried = [(key[pack.carry_rows], value[pack.carry_rows])]
+            for place, (row, target) in enumerate(zip(pack.slot_row_Q, pack.target_Q, strict=True)):
+                if target == 1 and positions[int(pack.answer_row_A[row])] == len(tokens) - 1:
+                    found = out[int(pack.answer_row_A[row])]
+                    assert place >= 0
+                    result = found
+        return result
+
+    alone = last_row([], 10_000)
+    for cut in (1, 50, BLOCK, 100, len(tokens) - 1):
+        branch = ScoringRequest((*tokens[:cut], 777, 3), cut + 1)
+        for size in (10_000, 40, 97):
+            assert torch.equal(last_row([branch], size), alone)
+
+
+NEEDS = AttentionNeeds("cuda", "bfloat16", 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (AttentionNeeds("cuda", "bfloat16", softcap=True), "soft cap"),
+        (AttentionNeeds("cuda", "float32"), "bf16 and fp16"),
+        (AttentionNeeds("cuda", "bfloat16", head_size=512, value_head_size=512), "head sizes"),
+        (AttentionNeeds("cuda", "bfloat16", head_size=192, value_head_size=128), "differ in head size"),
+        (AttentionNeeds("cpu", "bfloat16"), "runs on CUDA"),
+        (AttentionNeeds("cuda", "bfloat16", deterministic=True), "sums depend"),
+    ],
+)
+def test_what_torch_varlen_cannot_do_is_known_before(needs: AttentionNeeds, reason: str) -> None:
+    assert PROVIDERS["torch-varlen"].unusable(NEEDS) == ""
+    assert reason in PROVIDERS["torch-varlen"].unusable(needs)
+    assert choose_provider("auto", needs).name != "torch-varlen"
+    with pytest.raises(InputError, match=reason):
+        choose_provider("torch-varlen", needs)
+
+
+def test_the_next_provider_is_taken() -> None:
+    assert choose_provider("auto", AttentionNeeds("cpu")).name == "sdpa"
+    assert choose_provider("auto", AttentionNeeds("cpu", softcap=True)).name == "reference"
+    assert choose_provider("auto", AttentionNeeds("cpu", deterministic=True)).name == "blocked"
+    assert choose_provider("auto", AttentionNeeds("cpu"), {"sdpa"}).name == "reference"
+    with pytest.raises(InputError, match="unknown attention provider 'fast'; known: auto, flash-attn-4"):
+        choose_provider("fast", NEEDS)
+    names = [name for name, _, _ in available_providers(NEEDS)]
+    assert names == list(PROVIDERS)
+
+
+def test_segment_of_the_reference_is_torch_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
+    out = attend_segment(query, key, value, 0.25, None, None, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)), is_causal=True, enable_gqa=True
+    )[0].transpose(0, 1)
+    torch.testing.assert_close(out, expected)

@@ -158,8 +158,8 @@ def test_provider_equals_dense_attention(name: str, options: str, min_rectangle:
             )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 90), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(9, 90), st.integers(1, 9))
 def test_providers_agree_on_any_pack(seed: int, size: int, count: int) -> None:
     for pack in packs_of(shared_requests(seed, count), size):
         query, key, value = inputs(pack, torch.float32, seed)

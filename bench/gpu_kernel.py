@@ -94,7 +94,8 @@ def measure(options: argparse.Namespace, device_limits: dict[str, Any], done: se
 
         tuner = Tuner(options.shapes, options.rows, dtype, options.device)
     elif options.device.type == "cuda":
-        compile_ahead(shipped_jobs(options.shapes, options.rows, dtype, options.device))
+        for job, error in compile_ahead(shipped_jobs(options.shapes, options.rows, dtype, options.device)).items():
+            print(f"does not compile: {job}: {error}", flush=True)
     longest = 0.0
     for hidden_size, vocab_size in options.shapes:
         cells = [Cell(rows, hidden_size, vocab_size) for rows in options.rows]
@@ -116,7 +117,7 @@ def measure(options: argparse.Namespace, device_limits: dict[str, Any], done: se
                 report = {"failed": f"{type(error).__name__}: {error}"[:500]}
             seconds = time.monotonic() - started
             longest = max(longest, seconds)
-            print(f"{cell}: {seconds:.1f} s {report.get('failed', '')}", flush=True)
+            print(f"{cell}: {seconds:.1f} s {report.get('failed') or report.get('errors') or ''}", flush=True)
             yield {**_names(cell, options), **report}
             if not timer.alive():
                 _start_anew(options)

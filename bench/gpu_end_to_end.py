@@ -5,7 +5,7 @@
 Weights are random (nothing is downloaded) and token ids, too: the time of a dense model does not depend on them. Every
 cell, a model with passages and answers of some lengths, is checked for agreement first and then timed by turns; the
 limit is the rate of the model's own matrix products, measured in the same rounds. Results are written after every cell.
-``--tiny`` runs the same with toy models anywhere.
+``--tiny`` runs the same with toy models anywhere. fastscore need not be installed, what it imports must be.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, Comparison, compare
-from environment import environment, one_line, write_json
-from rounds import table
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from workload import TokenPair
+from checkout import use_checkout
 
-from fastscore import Scorer
-from fastscore.models import DTYPES
+use_checkout()
+
+import torch  # noqa: E402
+from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, Comparison, compare  # noqa: E402
+from environment import environment, one_line, write_json  # noqa: E402
+from rounds import table  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
+from workload import TokenPair  # noqa: E402
+
+from fastscore import Scorer  # noqa: E402
+from fastscore.models import DTYPES  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {

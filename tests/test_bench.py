@@ -230,8 +230,11 @@ def test_fidelity_measures_and_saves_as_it_goes(llama: Path, tmp_path: Path) -> 
     # The tiny model's bf16 is off by a percent or two of a nat, and rounding the logits makes it worse.
     assert 1e-4 < mean[fidelity.FAST_BF16] < 0.2
     assert 1e-4 < mean[fidelity.PADDED_UPCAST] < mean[fidelity.PADDED_BF16] < 0.2
-    for name in fidelity.CONTENDERS:
+    for name, value in results["contenders"].items():
         assert name in fidelity.show(results)
+        # Each query has four candidates, so that the mean over queries is the mean over pairs.
+        per_query = value["per_query"]["mean_nats_per_pair"]
+        assert sum(per_query) / len(rows) == pytest.approx(value["nats_per_pair"]["mean"])
 
 
 def test_spread_sample_covers_the_lengths() -> None:

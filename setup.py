@@ -39,7 +39,7 @@ EXTRAS["dev"] = [
 setup(
     name="fastscore",
     version="0.1.0",
-    description="Teacher scores from causal language models: the log-probability of answers, packed and padding-free",
+    description="Teacher scores from causal language models: no padding, every shared prefix computed once",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -13,13 +13,22 @@ from fastscore import Scorer
 
 
 def token_pairs(seed: int, count: int = 14) -> list[tuple[list[int], list[int]]]:
-    """Odd lengths from 1 up, beyond every tiny sliding window; ids from 3 (no special tokens)."""
+    """Odd lengths from 1 up, beyond every tiny sliding window; ids from 3 (no special tokens).
+
+    Half of the prompts begin like an earlier pair, some of them in the middle of its answer; the last is a duplicate.
+    """
     draw = random.Random(seed)
 
     def ids(length: int) -> list[int]:
         return [draw.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
-    return [(ids(draw.choice([1, 2, 7, 23, 61])), ids(draw.choice([1, 2, 5]))) for _ in range(count)]
+    pairs: list[tuple[list[int], list[int]]] = []
+    for _ in range(count):
+        prompt, answer = draw.choice(pairs) if pairs and draw.random() < 0.5 else ([], [])
+        earlier = prompt + answer
+        shared = earlier[: draw.randint(0, len(earlier))]
+        pairs.append((shared + ids(draw.choice([1, 2, 7, 23, 61])), ids(draw.choice([1, 2, 5]))))
+    return [*pairs, pairs[0]]
 
 
 def check_family(folder: Path, mode: str, max_batch_tokens: int = 100) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fastscore.attention import Provider
 from fastscore.lm_head import LMHead
-from fastscore.packed_forward import CarriedKeys, packed_hidden, padded_hidden, seq2seq_hidden
+from fastscore.packed_forward import CarriedKeys, own_attention, packed_hidden, padded_hidden, seq2seq_hidden
 from fastscore.packing import cut_pack, pack_size
 from fastscore.padding import padded_batch, padded_groups, seq2seq_batch, seq2seq_groups, slot_offsets
 from fastscore.prefix_tree import PrefixTree, build_prefix_tree
@@ -147,7 +147,7 @@ class LanguageModel:
             else:
                 batch = padded_batch(requests, group, slot_offset_R).to(self.device)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), own_attention(self.model):  # a model that packs has some requests padded
                     if isinstance(batch, PaddedBatch):
                         hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
                     else:

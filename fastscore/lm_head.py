@@ -67,7 +67,7 @@ def _logit_softcap(config: object) -> float | None:
     return None
 
 
-def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor, tolerance: float) -> None:
+def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor) -> None:
     """Compare the head with the model's own logits for the same hidden states.
 
     Raises:
@@ -82,8 +82,9 @@ def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor
     # Log-probabilities don't see a constant, so neither does this.
     ours_AV = ours_AV - ours_AV.mean(dim=1, keepdim=True)
     theirs_AV = theirs_AV - theirs_AV.mean(dim=1, keepdim=True)
-    difference = float((ours_AV - theirs_AV).norm() / theirs_AV.norm().clamp_min(1e-30))
-    if not difference <= tolerance:
+    # Rounding goes with the logits as they are, constant included: against their norm, bf16 gives about 0.002.
+    difference = float((ours_AV - theirs_AV).norm() / logits_AV.float().norm().clamp_min(1e-30))
+    if not difference <= (1e-3 if hidden_AD.dtype == torch.float32 else 0.03):
         raise InputError(
             f"the model's logits are not its hidden states times its LM head (relative difference {difference:.1e}): "
             "this architecture is not supported"

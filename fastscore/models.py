@@ -15,9 +15,9 @@ from fastscore.config import ScorerConfig
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import ATTENTION_NAME, body_of, seq2seq_hidden
+from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
-from fastscore.self_check import check_causal, check_packed, check_provider, probe_requests, tolerance_for
+from fastscore.self_check import check_causal, check_packed, check_provider, probe_requests
 from fastscore.types import InputError, ScoringRequest
 
 logger = logging.getLogger("fastscore")
@@ -193,7 +193,8 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
     try:
         return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
     except Exception as error:
-        raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+        hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
+        raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -214,9 +215,7 @@ def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> N
     """A few tokens through the whole model and through body and head: the logits must agree."""
     request = probe_requests(head.weight_VD.shape[0])[0]
     ids_1L = torch.tensor([request.token_ids], device=device)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation(model.get_correct_attn_implementation(None))
-    try:
+    with own_attention(model):
         if model.config.is_encoder_decoder:
             pair = ScoringRequest(request.token_ids + request.token_ids, len(request.token_ids))
             batch = seq2seq_batch([pair], [0], slot_offsets([pair]), model.config.decoder_start_token_id, 0).to(device)
@@ -227,9 +226,7 @@ def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> N
         else:
             hidden_LD = body_of(model)(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
             logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
-    finally:
-        model.set_attn_implementation(attention)
-    check_lm_head(head, hidden_LD, logits_LV, tolerance_for(model.dtype))
+    check_lm_head(head, hidden_LD, logits_LV)
 
 
 def _some(names: Sequence[str]) -> str:

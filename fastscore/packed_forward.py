@@ -6,6 +6,8 @@ padded length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +76,20 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(ATTENTION_NAME, _packed_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own attention in place of the packed one, as long as the block lasts."""
+    attention = model.config._attn_implementation
+    if attention != ATTENTION_NAME:
+        yield
+        return
+    model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:

@@ -72,12 +72,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": _GPT2,
     "exaone4": _COMMON,
     "ernie4_5": _COMMON,
+    "deepseek_v3": {  # values narrower than queries and keys
+        **_COMMON,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+    },
     # Not through the attention interface, or with state across the sequence: these take the padded path.
     "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "mpt": {"vocab_size": VOCAB_SIZE, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
     "mamba": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "falcon": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "gptj": {**_GPT2, "rotary_dim": 8},
+    "llama4_text": {
+        **_COMMON,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "attention_chunk_size": 16,
+        "pad_token_id": 0,
+    },
     # Encoder-decoder.
     "t5": {
         "vocab_size": VOCAB_SIZE,
@@ -102,9 +125,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
     },
 }
-PACKED_FAMILIES = [f for f in FAMILIES if f not in ("bloom", "mpt", "mamba", "falcon", "gptj", "t5", "bart")]
-PADDED_FAMILIES = ["bloom", "mpt", "mamba", "falcon", "gptj"]
+PADDED_FAMILIES = ["bloom", "mpt", "mamba", "falcon", "gptj", "llama4_text"]
 SEQ2SEQ_FAMILIES = ["t5", "bart"]
+PACKED_FAMILIES = [family for family in FAMILIES if family not in (*PADDED_FAMILIES, *SEQ2SEQ_FAMILIES)]
 
 
 def make_tokenizer(folder: Path, *, add_bos: bool = False, add_eos: bool = False) -> PreTrainedTokenizerFast:

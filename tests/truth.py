@@ -1,28 +1,37 @@
-"""The independent truth: each pair alone, unpadded, through plain transformers in fp32."""
+"""The independent truth: each pair alone, unpadded, through plain transformers. Nothing of fastscore is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+TokenPairs = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+def plain_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers loads it, in evaluation mode."""
+    config = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    # Eager attention is what each family defines; the SDPA of transformers 5.17 leaves Gemma 2's soft cap out.
+    return auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def alone(folder: Path | str, token_pairs: TokenPairs) -> list[list[float]]:
+    """Log-probability of every answer token from the fp32 model."""
+    return alone_in(plain_model(folder), token_pairs)
+
 
 @torch.inference_mode()
-def alone(folder: Path | str, token_pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-    """Log-probability of every answer token, fp32 model, log-softmax in fp64. Nothing of fastscore is used."""
-    config = AutoConfig.from_pretrained(folder)
-    # Eager attention is what each family defines; the SDPA of transformers 5.17 leaves Gemma 2's soft cap out.
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if config.is_encoder_decoder:
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options).eval()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+def alone_in(model: Any, token_pairs: TokenPairs) -> list[list[float]]:
+    """Log-probability of every answer token from a model in memory, log-softmax in fp64."""
     result = []
     for prompt, answer in token_pairs:
-        if config.is_encoder_decoder:
-            decoder = [config.decoder_start_token_id, *answer[:-1]]
+        if model.config.is_encoder_decoder:
+            decoder = [model.config.decoder_start_token_id, *answer[:-1]]
             output = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([decoder]))
             logits_LV = output.logits[0]
         else:

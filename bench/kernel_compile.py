@@ -24,7 +24,7 @@ def shipped_jobs(
     """What the fused path itself takes for those D and N."""
     arch, _ = _device(device)
     return [
-        (choose_config(arch, num_rows, dtype.itemsize, False), hidden_size, dtype, device)
+        (choose_config(arch, num_rows, dtype.itemsize), hidden_size, dtype, device)
         for hidden_size, _ in shapes
         for num_rows in rows
     ]

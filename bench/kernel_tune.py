@@ -55,7 +55,7 @@ class Tuner:
             print(f"does not run with D={hidden_size}: {show_config(config)}: {error}", flush=True)
 
     def shipped(self, num_rows: int) -> LaunchConfig:
-        return choose_config(self.arch, num_rows, self.dtype.itemsize, False)
+        return choose_config(self.arch, num_rows, self.dtype.itemsize)
 
     def tune_cell(
         self,

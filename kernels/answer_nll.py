@@ -56,10 +56,10 @@ def answer_nll(
     Cross-Entropy (Wijmans et al., 2024).
     """
     check_answer_nll_arguments(hidden_AD, weight_VD, target_A, bias, logit_softcap)
-    if check_targets:
-        check_targets_inside(target_A, weight_VD.shape[0])
     target_AJ = target_A[:, None] if target_A.ndim == 1 else target_A
-    partials = Partials(*_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, 0))
+    partials = Partials(
+        *_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, 0, check_targets)
+    )
     return nll_from_partials(partials).reshape(target_A.shape), partials.top1_A
 
 
@@ -81,7 +81,9 @@ def answer_nll_partials(
     """
     check_answer_nll_arguments(hidden_AD, weight_VD, target_A, bias, logit_softcap)
     target_AJ = target_A[:, None] if target_A.ndim == 1 else target_A
-    return Partials(*_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, vocab_start))
+    return Partials(
+        *_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, vocab_start, False)
+    )
 
 
 def answer_nll_path(device: torch.device) -> str:
@@ -98,13 +100,17 @@ def _partials_op(
     logit_scale: float,
     logit_softcap: float | None,
     vocab_start: int,
+    check_targets: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Here, because what is looked at in a custom operator breaks no graph.
+    if check_targets:
+        check_targets_inside(target_AJ, weight_VD.shape[0])
     compute: Callable[..., Partials] = answer_nll_partials_reference
     if hidden_AD.device.type != "cpu":
-        from fastscore_kernels.fused_launch import fused_partials, gemm_partials
+        from fastscore_kernels.fused_launch import fused_partials, gemm_partials, rows_are_aligned
 
         path = choose_path(hidden_AD.device, hidden_AD.shape[0], *weight_VD.shape, weight_VD.dtype)
-        compute = fused_partials if path == "fused" else gemm_partials
+        compute = fused_partials if path == "fused" and rows_are_aligned(weight_VD) else gemm_partials
     return compute(
         hidden_AD,
         weight_VD,
@@ -125,6 +131,7 @@ def _(
     logit_scale: float,
     logit_softcap: float | None,
     vocab_start: int,
+    check_targets: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     num_rows = hidden_AD.shape[0]
     accumulator = torch.float64 if hidden_AD.dtype == torch.float64 else torch.float32

@@ -47,7 +47,7 @@ def fused_partials(
     (num_rows, hidden_size), vocab_size = hidden_AD.shape, weight_VD.shape[0]
     arch, num_sms = _device(hidden_AD.device)
     if config is None:
-        config = choose_config(arch, num_rows, weight_VD.itemsize, logit_softcap is not None)
+        config = choose_config(arch, num_rows, weight_VD.itemsize)
     out = _empty_partials(num_rows, target_AJ.shape[1], hidden_AD.device, top1)
     if num_rows == 0:
         return out
@@ -171,6 +171,11 @@ def gemm_partials(
     return out
 
 
+def rows_are_aligned(weight_VD: torch.Tensor) -> bool:
+    """Whether the fused kernel can load the weight in whole vectors: Triton looks for 16s, in addresses and strides."""
+    return weight_VD.data_ptr() % 16 == 0 and weight_VD.shape[1] % 16 == 0 and weight_VD.stride(0) % 16 == 0
+
+
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """fp32 operands: three tf32 products on NVIDIA, whose sum is as good as fp32; true fp32 elsewhere."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
@@ -187,8 +192,8 @@ def _operands(
         raise ValueError(f"the fused kernel takes fp32, bf16 and fp16; found {hidden_AD.dtype}")
     if weight_VD.stride(1) != 1:
         raise ValueError("weight_VD must be contiguous along D; a transposed weight would have to be copied whole")
-    if hidden_AD.stride(1) != 1:
-        hidden_AD = hidden_AD.contiguous()
+    if hidden_AD.stride(1) != 1 or not _tma_takes(hidden_AD):
+        hidden_AD = hidden_AD.clone(memory_format=torch.contiguous_format)
     return hidden_AD, (target_AJ - vocab_start if vocab_start else target_AJ).contiguous()
 
 

@@ -37,23 +37,24 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Calls with at most ``max_rows`` rows and operands of ``itemsize`` bytes; ``softcap`` where it needs its own."""
+    """Calls with at most ``max_rows`` rows and operands of ``itemsize`` bytes."""
 
     max_rows: float
     itemsize: int
     config: LaunchConfig
-    softcap: bool = False
 
 
 ANY = float("inf")
 
 # The first case that fits is taken. Few rows: the time is that of reading the weight once, so deep pipelines (about
-# 100 KB in flight on each multiprocessor) matter and the tile's shape does not. Many rows: two programs share a
-# multiprocessor, one's epilogue beside the other's matrix products.
+# 100 KB in flight on each multiprocessor) matter and the tile's shape does not. A matrix unit takes 64 or 128 entries
+# on its wide axis: fewer rows than that lie on the narrow one. Rows that fill the wide axis stay there, because a
+# thread then holds the statistics of few rows. Many rows: two programs share a multiprocessor, one's epilogue beside
+# the other's matrix products.
 CONFIGS: dict[str, tuple[Case, ...]] = {
     "sm_80": (
         Case(16, 2, LaunchConfig(16, 128, 64, True, 4, 5)),
-        Case(64, 2, LaunchConfig(64, 128, 64, True, 8, 4)),
+        Case(64, 2, LaunchConfig(64, 128, 64, False, 8, 4)),
         Case(ANY, 2, LaunchConfig(128, 128, 32, False, 8, 4)),
         Case(16, 4, LaunchConfig(16, 64, 32, True, 4, 4)),
         Case(ANY, 4, LaunchConfig(64, 64, 32, False, 4, 3)),
@@ -61,22 +62,21 @@ CONFIGS: dict[str, tuple[Case, ...]] = {
     "sm_90": (
         Case(16, 2, LaunchConfig(16, 128, 128, True, 4, 4, use_tma=True)),
         Case(32, 2, LaunchConfig(32, 128, 64, True, 4, 6, use_tma=True)),
-        Case(64, 2, LaunchConfig(64, 128, 64, True, 8, 5, use_tma=True)),
-        Case(ANY, 2, LaunchConfig(128, 128, 64, False, 8, 3, use_tma=True), softcap=True),
+        Case(64, 2, LaunchConfig(64, 128, 64, False, 8, 5, use_tma=True)),
         Case(ANY, 2, LaunchConfig(128, 128, 64, False, 4, 3, use_tma=True, programs_per_sm=2)),
         Case(16, 4, LaunchConfig(16, 64, 32, True, 4, 4, use_tma=True)),
         Case(ANY, 4, LaunchConfig(64, 64, 32, False, 4, 3, use_tma=True)),
     ),
     "sm_100": (
         Case(16, 2, LaunchConfig(16, 128, 128, True, 4, 4, use_tma=True)),
-        Case(64, 2, LaunchConfig(64, 128, 64, True, 8, 5, use_tma=True)),
+        Case(64, 2, LaunchConfig(64, 128, 64, False, 8, 5, use_tma=True)),
         Case(ANY, 2, LaunchConfig(128, 128, 64, False, 8, 4, use_tma=True)),
         Case(16, 4, LaunchConfig(16, 64, 32, True, 4, 4, use_tma=True)),
         Case(ANY, 4, LaunchConfig(64, 64, 32, False, 4, 3, use_tma=True)),
     ),
     "gfx942": (
         Case(16, 2, LaunchConfig(16, 128, 64, True, 4, 2)),
-        Case(64, 2, LaunchConfig(64, 128, 64, True, 8, 2)),
+        Case(64, 2, LaunchConfig(64, 128, 64, False, 8, 2)),
         Case(ANY, 2, LaunchConfig(128, 128, 64, False, 8, 2)),
         Case(16, 4, LaunchConfig(16, 64, 32, True, 4, 2)),
         Case(ANY, 4, LaunchConfig(64, 64, 32, False, 4, 2)),
@@ -84,7 +84,7 @@ CONFIGS: dict[str, tuple[Case, ...]] = {
 }
 
 
-def choose_config(arch: str, num_rows: int, itemsize: int, softcap: bool) -> LaunchConfig:
+def choose_config(arch: str, num_rows: int, itemsize: int) -> LaunchConfig:
     """The configuration for a call.
 
     Raises:
@@ -93,7 +93,7 @@ def choose_config(arch: str, num_rows: int, itemsize: int, softcap: bool) -> Lau
     if arch not in CONFIGS:
         raise ValueError(f"no launch configurations for {arch}; known: {', '.join(CONFIGS)}")
     for case in CONFIGS[arch]:
-        if num_rows <= case.max_rows and itemsize == case.itemsize and (softcap or not case.softcap):
+        if num_rows <= case.max_rows and itemsize == case.itemsize:
             return case.config
     raise ValueError(f"the fused kernel takes fp32, bf16 and fp16 operands; found {itemsize} bytes an element")
 

@@ -49,7 +49,8 @@ def _transform(
     if HAS_SCALE:
         logits_tile *= logit_scale
     if HAS_SOFTCAP:
-        logits_tile = logit_softcap * _tanh(logits_tile / logit_softcap)
+        # One division for the tile: one for each logit would cost registers that a large tile does not have.
+        logits_tile = logit_softcap * _tanh(logits_tile * (1.0 / logit_softcap))
     return tl.where(tl.expand_dims(inside_v, ROW_AXIS), logits_tile, float("-inf"))
 
 

@@ -29,17 +29,16 @@ def split_answers(nlls: Sequence[float], greedy: Sequence[bool], offsets: Sequen
         yield AnswerScore(tuple(0.0 - nll for nll in nlls[start:stop]), all(greedy[start:stop]))
 
 
-def finite(score: AnswerScore, place: Callable[[int], str], index: int) -> AnswerScore:
-    """The score, if it is one. ``place`` says where the request of that index came from.
+def is_finite(score: AnswerScore) -> bool:
+    """False where the model overflowed: such a score cannot be trusted."""
+    return math.isfinite(score.logprob)
 
-    Raises:
-        RuntimeError: a log-probability that is not finite: the model overflowed, and no score can be trusted.
-    """
-    if math.isfinite(score.logprob):
-        return score
+
+def not_finite(score: AnswerScore, place: str) -> RuntimeError:
+    """What to raise for a score that is no number; ``place`` says where its request came from."""
     token = next(i for i, value in enumerate(score.token_logprobs) if not math.isfinite(value))
-    raise RuntimeError(
-        f"{place(index)}: the model gave a log-probability of {score.token_logprobs[token]} for answer token {token}; "
+    return RuntimeError(
+        f"{place}: the model gave a log-probability of {score.token_logprobs[token]} for answer token {token}; "
         "a wider dtype (--dtype bf16 or fp32) usually helps"
     )
 

@@ -15,7 +15,7 @@ import transformers
 from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import finite, split_answers, teacher_scores
+from fastscore.aggregate import is_finite, not_finite, split_answers, teacher_scores
 from fastscore.answer_head import AnswerHead
 from fastscore.config import (
     DEFAULT_MODEL,
@@ -284,10 +284,20 @@ class Scorer:
         place: Callable[[int], str],
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
-        """tokens -> prefix tree -> packs -> hidden states of answer rows -> NLL -> scores, in the requests' order.
+        """Scores in the requests' order, every one a number. ``place`` says in an error where a request came from."""
+        scores = self._run(requests, on_progress)
+        bad = [index for index, score in enumerate(scores) if not is_finite(score)]
+        for index in bad:
+            # One that overflows spoils others of its pack (attention masks by zero, and zero times nan is nan).
+            (by_itself,) = self._run([requests[index]], None)
+            if not is_finite(by_itself):
+                raise not_finite(by_itself, place(index))
+        if bad:
+            raise not_finite(scores[bad[0]], place(bad[0]))
+        return scores
 
-        ``place`` says in an error where a request came from.
-        """
+    def _run(self, requests: Sequence[ScoringRequest], on_progress: Progress | None) -> list[AnswerScore]:
+        """tokens -> prefix tree -> packs -> hidden states of answer rows -> NLL -> scores, in the requests' order."""
         model, stats = self._model, self.stats
         started = time.perf_counter()
         stats.count_padded([len(request.token_ids) for request in requests])
@@ -307,14 +317,13 @@ class Scorer:
                 on_progress(replace(stats, pairs=stats.pairs + int(done), seconds=elapsed))
         nll_Q, greedy_Q = head.finish()
         answers = split_answers(nll_Q[slots.slot].tolist(), greedy_Q[slots.slot].tolist(), slots.offset_R.tolist())
-        scores = [finite(score, place, index) for index, score in enumerate(answers)]
         stats.pairs += len(requests)
         stats.answer_tokens += len(slots.slot)
         stats.tokens_unpadded += sum(len(request.token_ids) for request in requests)
         stats.seconds += time.perf_counter() - started
         if on_progress is not None:
             on_progress(replace(stats))
-        return scores
+        return list(answers)
 
 
 def _place(rows: Sequence[RowPairs], index: int) -> str:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastscore.attention import PROVIDERS, AttentionNeeds, available_providers, choose_provider
-from fastscore.attention import sdpa as sdpa_provider
+from fastscore.attention import spans as spans_module
 from fastscore.attention import varlen as varlen_module
 from fastscore.attention.blocked import BLOCK
 from fastscore.attention.reference import attend_segment
+from fastscore.attention.spans import split_spans
 from fastscore.attention.split import split_attention
 from fastscore.attention.varlen import VarlenCall, attend_varlen
 from fastscore.packing import cut_pack
@@ -126,25 +127,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wide-window": {"sliding_window": 1000},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "window-sinks": {"sliding_window": 9, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "all": {"sliding_window": 5, "softcap": 3.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
 }
 
 
-@pytest.fixture(params=[4, 10_000], ids=["rectangles", "gathered"])
-def min_rectangle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Rectangles wherever a run has four keys, or nowhere."""
-    for module in (sdpa_provider, varlen_module):
-        monkeypatch.setattr(module, "split_attention", partial(split, least=request.param))
-    return int(request.param)
-
-
-def split(pack: PackedBatch, min_keys: int = 0, *, least: int) -> Any:
-    return split_attention(pack, least)
+@pytest.fixture(params=["many-parts", "few-parts", "as-shipped"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rectangles wherever a run has four keys, or nowhere; spans of five queries, or of all that fit."""
+    if request.param != "as-shipped":
+        many = request.param == "many-parts"
+        monkeypatch.setattr(varlen_module, "MIN_RECTANGLE_KEYS", 4 if many else 10_000)
+        monkeypatch.setattr(spans_module, "CALL_SCORES", -1_000_000 if many else 1_000_000)
+        monkeypatch.setattr(spans_module, "MAX_SCORES", 1 if many else 1_000_000)
+        monkeypatch.setattr(spans_module, "MIN_ROWS", 5)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ATTENDS)
-def test_provider_equals_dense_attention(name: str, options: str, min_rectangle: int) -> None:
+def test_provider_equals_dense_attention(name: str, options: str, parts: str) -> None:
     if name == "sdpa" and "softcap" in OPTIONS[options]:
         assert PROVIDERS["sdpa"].unusable(AttentionNeeds("cpu", softcap=True))
         return
@@ -171,7 +173,7 @@ def test_providers_agree_on_any_pack(seed: int, size: int, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ATTENDS)
-def test_low_precision_is_as_close_as_the_reference(name: str, dtype: torch.dtype, min_rectangle: int) -> None:
+def test_low_precision_is_as_close_as_the_reference(name: str, dtype: torch.dtype, parts: str) -> None:
     (pack,) = packs_of(shared_requests(5), 10_000)
     query, key, value = inputs(pack, dtype)
     options = {"scaling": 0.3, "sliding_window": None, "softcap": None, "sinks": None}
@@ -201,7 +203,56 @@ def test_rectangles_cover_what_many_queries_share() -> None:
 
 def test_no_rectangles_without_sharing() -> None:
     (pack,) = packs_of([ScoringRequest(tuple(range(first, first + 300)), 1) for first in (0, 1000, 2000)], 10_000)
-    assert split_attention(pack).rectangles == ()
+    assert split_attention(pack, 128).rectangles == ()
+
+
+def questions(stem: int, count: int, length: int) -> list[ScoringRequest]:
+    """Different continuations of one stem."""
+    return [
+        ScoringRequest((*range(stem), *range(5000 + 100 * i, 5000 + 100 * i + length), 7), stem) for i in range(count)
+    ]
+
+
+def test_questions_about_a_passage_are_one_span_and_copy_no_key() -> None:
+    (pack,) = packs_of(questions(stem=110, count=2, length=20), 10_000)
+    (span,) = split_spans(pack, None, torch.float32)
+    assert (span.first_q, span.last_q) == (0, pack.num_tokens)
+    assert span.key_runs == ((0, pack.num_tokens),)
+    assert span.mask_11qk is not None
+    seen = (span.mask_11qk[0, 0] == 0).sum(dim=1)
+    assert seen.tolist() == [position + 1 for position in pack.position_ids_T.tolist()]
+
+
+def test_what_shares_little_is_not_computed_together() -> None:
+    (pack,) = packs_of([ScoringRequest(tuple(range(first, first + 300)), 1) for first in (0, 1000, 2000)], 10_000)
+    spans = split_spans(pack, None, torch.float32)
+    assert [span.last_q - span.first_q for span in spans] == [299] * 3
+    assert all(span.mask_11qk is None for span in spans), "plain causal attention"
+
+
+def test_many_short_branches_are_a_few_spans_of_bounded_waste() -> None:
+    (pack,) = packs_of(questions(stem=600, count=400, length=3), 10_000)
+    spans = split_spans(pack, None, torch.float32)
+    assert len(spans) < 30
+    masks = [span.mask_11qk for span in spans]
+    computed = sum(mask.numel() for mask in masks if mask is not None)
+    needed = sum((mask == 0).sum() for mask in masks if mask is not None)
+    assert computed < 1.5 * needed
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_long_text_over_two_packs_has_one_small_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans_module, "MAX_SCORES", 1 << 18)
+    _, pack = packs_of([ScoringRequest(tuple(range(4001)), 4000)], 2000)
+    spans = split_spans(pack, window, torch.float32)
+    assert [span.first_q for span in spans] == [0, *(span.last_q for span in spans[:-1])]
+    masks = [span.mask_11qk for span in spans if span.mask_11qk is not None]
+    assert len(masks) == len(spans) > 10
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
+    assert masks[0].untyped_storage().nbytes() <= 4 * (1 << 18)
+    keys = [sum(stop - start for start, stop in span.key_runs) for span in spans]
+    assert keys == [mask.shape[3] for mask in masks]
+    assert max(keys) == 4000 if window is None else max(keys) < 700 + spans_module.MIN_ROWS + 1
 
 
 def test_padding_of_a_fixed_pack_is_zero() -> None:
@@ -230,7 +281,6 @@ def test_blocked_is_bitwise_the_same_however_a_text_is_cut() -> None:
         for start in range(0, tree.num_tokens, size):
             pack = cut_pack(tree, start, min(size, tree.num_tokens - start))
             positions = pack.position_ids_T.tolist()
-            list(positions)
             query, key, value = (torch.stack([rows[p][part] for p in positions]) for part in range(3))
             if pack.num_carried:
                 key, value = torch.cat([carried[0][0], key]), torch.cat([carried[0][1], value])

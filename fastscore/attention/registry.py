@@ -163,7 +163,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "sdpa",
             "fastscore.attention.sdpa",
-            "torch's scaled_dot_product_attention, segments of near-equal length together",
+            "torch's scaled_dot_product_attention, neighbouring segments in one masked call",
             _sdpa_unusable,
         ),
         Provider(

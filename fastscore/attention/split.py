@@ -14,9 +14,6 @@ import numpy as np
 from fastscore.ranges import offsets
 from fastscore.types import KeyRuns, PackedBatch
 
-MIN_RECTANGLE_KEYS = 128
-"""A shorter run is copied: the copy costs less than one more call and merge."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
@@ -36,8 +33,8 @@ class AttentionParts:
     rest: KeyRuns
 
 
-def split_attention(pack: PackedBatch, min_keys: int = MIN_RECTANGLE_KEYS) -> AttentionParts:
-    """Rectangles from runs of at least ``min_keys`` keys."""
+def split_attention(pack: PackedBatch, min_keys: int) -> AttentionParts:
+    """Rectangles from runs of at least ``min_keys`` keys; copying a shorter one costs less than one more call."""
     runs = pack.key_runs
     # A segment's last run is (or ends with) its own tokens, which are causal and never part of a rectangle.
     long_P = runs.length_P >= min_keys

@@ -56,8 +56,8 @@ def load_workload(tokenizer: Any, num_queries: int) -> Workload:
     return read_workload(path, tokenizer, num_queries)
 
 
-def read_workload(path: Path, tokenizer: Any, num_queries: int) -> Workload:
-    """The first queries of a file of rows, templates and truncation as in a run of fastscore."""
+def read_workload(path: Path, tokenizer: Any, num_queries: int | None) -> Workload:
+    """The first queries of a file of rows (all where None), templates and truncation as in a run of fastscore."""
     config = TaskConfig(task="qa")
     encoder = PairTokenizer(tokenizer, vocab_size=len(tokenizer))
     truncate = partial(encoder.truncate_keys, max_length=config.key_max_length)

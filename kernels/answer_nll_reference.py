@@ -5,12 +5,17 @@ Shapes: A answer rows, J targets per row, D hidden size, V vocabulary; a suffix 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import torch
 from fastscore_kernels.arguments import check_answer_nll_arguments, check_targets_inside
 from fastscore_kernels.partials import Partials, nll_from_partials
 
 DEFAULT_LOGITS_BYTES = 16 << 20
-"""Budget for one tile of logits; about what stays in a CPU's last-level cache between the passes over it."""
+"""Budget for one tile of logits (and one of their softmax); about what stays in a CPU's last-level cache between the
+passes over it."""
 
 
 def answer_nll_reference(
@@ -37,7 +42,7 @@ def answer_nll_reference(
         bias: optional ``[V]``; entries may be -inf.
         logit_scale: multiplies the logits (after the bias, before the soft cap).
         logit_softcap: c above, or None.
-        max_logits_bytes: upper bound for one tile of logits.
+        max_logits_bytes: upper bound for one tile of logits; their softmax takes as much again.
 
     Returns:
         The NLL in nats, shaped like ``target_A`` (fp32, or fp64 for fp64 input), and ``top1_A``, the most probable
@@ -89,18 +94,25 @@ def answer_nll_partials_reference(
     top1_A = torch.zeros(num_rows, dtype=torch.int64, device=hidden_AD.device)
 
     tile_rows, tile_vocab = _tile_shape(num_rows, vocab_size, max_logits_bytes, accumulator.itemsize)
+    # Both tiles are made once: fresh memory for each would cost more than the passes over it.
+    logits = torch.empty(tile_rows * tile_vocab, dtype=accumulator, device=hidden_AD.device)
+    softmax = torch.empty_like(logits)
+    exact_bf16 = hidden_AD.dtype == weight_VD.dtype == torch.bfloat16
     for first_v in range(0, vocab_size, tile_vocab):
         last_v = min(first_v + tile_vocab, vocab_size)
         weight_vD = weight_VD[first_v:last_v].to(accumulator)
         for first_a in range(0, num_rows, tile_rows):
             rows = slice(first_a, min(first_a + tile_rows, num_rows))
-            logits_av = hidden_AD[rows].to(accumulator) @ weight_vD.T
+            shape = (rows.stop - rows.start, last_v - first_v)
+            logits_av, softmax_av = (tile[: shape[0] * shape[1]].view(shape) for tile in (logits, softmax))
+            with _exact_bf16_products() if exact_bf16 else nullcontext():
+                torch.mm(hidden_AD[rows].to(accumulator), weight_vD.T, out=logits_av)
             if bias is not None:
                 logits_av += bias[first_v:last_v]
             if logit_scale != 1.0:
                 logits_av *= logit_scale
             if logit_softcap is not None:
-                logits_av = logits_av.div_(logit_softcap).tanh_().mul_(logit_softcap)
+                logits_av.div_(logit_softcap).tanh_().mul_(logit_softcap)
 
             here_aJ = (target_AJ[rows] >= first_v) & (target_AJ[rows] < last_v)
             local_aJ = (target_AJ[rows] - first_v).clamp(0, last_v - first_v - 1)
@@ -110,14 +122,31 @@ def answer_nll_partials_reference(
             # across tiles the strict comparison keeps the earlier one.
             tile_best_a, tile_top1_a = logits_av.max(dim=1)
             top1_A[rows] = torch.where(tile_best_a > best_A[rows], tile_top1_a + first_v, top1_A[rows])
+            # The sum of exp(logit - best) is the reciprocal of the best one's probability within the tile, and softmax
+            # is one fused pass where exponentials and their sum would be three.
+            torch.softmax(logits_av, dim=1, out=softmax_av)
+            tile_sumexp_a = softmax_av.gather(1, tile_top1_a[:, None])[:, 0].reciprocal()
+            # Where all logits are -inf there is no softmax, and nothing to subtract.
+            tile_sumexp_a = torch.where(tile_best_a.isneginf(), torch.zeros_like(tile_best_a), tile_sumexp_a)
             new_best_a = torch.maximum(best_A[rows], tile_best_a)
-            # Rows of nothing but -inf so far have no maximum to subtract.
             shift_a = torch.where(new_best_a.isneginf(), torch.zeros_like(new_best_a), new_best_a)
-            # In place: the tile is not needed any more.
-            tile_sumexp_a = logits_av.sub_(shift_a[:, None]).exp_().sum(dim=1)
-            sumexp_A[rows] = sumexp_A[rows] * (best_A[rows] - shift_a).exp() + tile_sumexp_a
+            sumexp_A[rows] *= (best_A[rows] - shift_a).exp()
+            sumexp_A[rows] += tile_sumexp_a * (tile_best_a - shift_a).exp()
             best_A[rows] = new_best_a
     return Partials(best_A, sumexp_A, target_logit_AJ, top1_A + vocab_start)
+
+
+@contextmanager
+def _exact_bf16_products() -> Iterator[None]:
+    """Let a CPU's fp32 product run on its bf16 matrix unit. The operands were bf16, so that loses nothing, and the sums
+    stay in fp32, which a bf16 product does not give."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _tile_shape(num_rows: int, vocab_size: int, max_bytes: int, itemsize: int) -> tuple[int, int]:

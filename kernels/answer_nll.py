@@ -2,8 +2,10 @@
 
 Shapes: A answer rows, J targets per row, D hidden size, V vocabulary.
 
-On a GPU the fused Triton kernel runs, on a CPU the chunked reference; both are PyTorch custom operators, so that
-``torch.compile`` and fake tensors pass through. Triton is imported at the first call that needs it.
+On a CPU the chunked reference runs, on a GPU the fused Triton kernel, or the library's GEMM with one Triton pass over
+each chunk of its logits: where that was measured to be faster (:mod:`fastscore_kernels.path_table`), on architectures
+without launch configurations, and for weights whose rows do not start at multiples of 16 entries. A PyTorch custom
+operator, so that ``torch.compile`` and fake tensors pass through. Triton is imported at the first call that needs it.
 """
 
 from __future__ import annotations
@@ -107,10 +109,10 @@ def _partials_op(
         check_targets_inside(target_AJ, weight_VD.shape[0])
     compute: Callable[..., Partials] = answer_nll_partials_reference
     if hidden_AD.device.type != "cpu":
-        from fastscore_kernels.fused_launch import fused_partials, gemm_partials, rows_are_aligned
+        from fastscore_kernels.fused_launch import fused_kernel_fits, fused_partials, gemm_partials
 
         path = choose_path(hidden_AD.device, hidden_AD.shape[0], *weight_VD.shape, weight_VD.dtype)
-        compute = fused_partials if path == "fused" and rows_are_aligned(weight_VD) else gemm_partials
+        compute = fused_partials if path == "fused" and fused_kernel_fits(weight_VD) else gemm_partials
     return compute(
         hidden_AD,
         weight_VD,

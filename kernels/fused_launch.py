@@ -12,7 +12,7 @@ import torch
 import triton
 from fastscore_kernels.answer_nll_triton import _answer_nll_partials_kernel, _combine_splits_kernel
 from fastscore_kernels.fold_logits_triton import _fold_logits_kernel
-from fastscore_kernels.launch_configs import LaunchConfig, choose_config, choose_num_splits
+from fastscore_kernels.launch_configs import CONFIGS, LaunchConfig, choose_config, choose_num_splits
 from fastscore_kernels.partials import Partials
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -43,7 +43,7 @@ def fused_partials(
     Raises:
         ValueError: operands of different dtypes, or of one that the kernel does not take.
     """
-    hidden_AD, target_AJ = _operands(hidden_AD, weight_VD, target_AJ, vocab_start)
+    hidden_AD, target_AJ, bias = _operands(hidden_AD, weight_VD, target_AJ, bias, vocab_start)
     (num_rows, hidden_size), vocab_size = hidden_AD.shape, weight_VD.shape[0]
     arch, num_sms = _device(hidden_AD.device)
     if config is None:
@@ -129,7 +129,7 @@ def gemm_partials(
     max_logits_bytes: int = GEMM_LOGITS_BYTES,
 ) -> Partials:
     """The library's GEMM into a bounded chunk of fp32 logits, and one fused pass over each chunk."""
-    hidden_AD, target_AJ = _operands(hidden_AD, weight_VD, target_AJ, vocab_start)
+    hidden_AD, target_AJ, bias = _operands(hidden_AD, weight_VD, target_AJ, bias, vocab_start)
     num_rows, vocab_size = hidden_AD.shape[0], weight_VD.shape[0]
     out = _empty_partials(num_rows, target_AJ.shape[1], hidden_AD.device, top1)
     if num_rows == 0:
@@ -171,9 +171,14 @@ def gemm_partials(
     return out
 
 
-def rows_are_aligned(weight_VD: torch.Tensor) -> bool:
-    """Whether the fused kernel can load the weight in whole vectors: Triton looks for 16s, in addresses and strides."""
-    return weight_VD.data_ptr() % 16 == 0 and weight_VD.shape[1] % 16 == 0 and weight_VD.stride(0) % 16 == 0
+def fused_kernel_fits(weight_VD: torch.Tensor) -> bool:
+    """Whether there are launch configurations for the device, and rows of the weight can be loaded in whole vectors.
+
+    The latter is what Triton looks at: whether 16 divides the address, the row's length and its stride.
+    """
+    arch, _ = _device(weight_VD.device)
+    sizes = (weight_VD.data_ptr(), weight_VD.shape[1], weight_VD.stride(0))
+    return arch in CONFIGS and all(size % 16 == 0 for size in sizes)
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
@@ -182,8 +187,13 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
 
 
 def _operands(
-    hidden_AD: torch.Tensor, weight_VD: torch.Tensor, target_AJ: torch.Tensor, vocab_start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_AD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_AJ: torch.Tensor,
+    bias: torch.Tensor | None,
+    vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the kernels' addresses take for granted. Only the weight is too large to be copied."""
     if hidden_AD.dtype != weight_VD.dtype:
         raise ValueError(
             f"on a GPU hidden_AD and weight_VD must have one dtype; found {hidden_AD.dtype} and {weight_VD.dtype}"
@@ -194,7 +204,8 @@ def _operands(
         raise ValueError("weight_VD must be contiguous along D; a transposed weight would have to be copied whole")
     if hidden_AD.stride(1) != 1 or not _tma_takes(hidden_AD):
         hidden_AD = hidden_AD.clone(memory_format=torch.contiguous_format)
-    return hidden_AD, (target_AJ - vocab_start if vocab_start else target_AJ).contiguous()
+    target_AJ = (target_AJ - vocab_start if vocab_start else target_AJ).contiguous()
+    return hidden_AD, target_AJ, None if bias is None else bias.contiguous()
 
 
 def _empty_partials(num_rows: int, num_targets: int, device: torch.device, top1: bool) -> Partials:
@@ -218,8 +229,9 @@ def _logits(hidden_AD: torch.Tensor, weight_vD: torch.Tensor) -> torch.Tensor:
 
 
 def _tma_takes(operand: torch.Tensor) -> bool:
-    """The copy engine wants 16-byte aligned rows."""
-    return operand.data_ptr() % 16 == 0 and operand.stride(0) * operand.itemsize % 16 == 0
+    """The copy engine wants 16-byte aligned rows, one behind the other."""
+    row_bytes = operand.stride(0) * operand.itemsize
+    return operand.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and operand.stride(0) >= operand.shape[1]
 
 
 @lru_cache

@@ -49,7 +49,7 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/fastscore_kernels
 	$(RUN) -m mypy
 
-bench: $(DEV) ## compare fastscore with plain padded batches (FASTSCORE_BENCH_QUERIES=6)
+bench: $(DEV) ## compare fastscore with plain padded batches (FASTSCORE_BENCH_QUERIES=3)
 	$(RUN) -m pytest bench -s --benchmark-columns=median,rounds $(BENCH_ARGS)
 
 clean: ## remove .venv, caches and scored examples

@@ -390,7 +390,9 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
     runs = {}
     for number, folder in folders.items():
         folder.mkdir()
-        rows = write_rows(folder / "r.jsonl", [{**ROWS[0], "neg": ["many words " * 25] * 40}] * 500)
+        # No two passages begin alike: shared prefixes would make this a matter of milliseconds.
+        negs = [[f"{line} {place} {'many words ' * 25}" for place in range(40)] for line in range(300)]
+        rows = write_rows(folder / "r.jsonl", [{**ROWS[0], "neg": neg} for neg in negs])
         command = [sys.executable, "-m", "fastscore", "score", str(rows), "-m", str(model)]
         runs[number] = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

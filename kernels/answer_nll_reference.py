@@ -5,6 +5,7 @@ Shapes: A answer rows, J targets per row, D hidden size, V vocabulary; a suffix 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from fastscore_kernels.arguments import check_answer_nll_arguments, check_targets_inside
 from fastscore_kernels.partials import Partials, nll_from_partials
 
+_SWITCH = threading.Lock()
 DEFAULT_LOGITS_BYTES = 16 << 20
 """Budget for one tile of logits (and one of their softmax); about what stays in a CPU's last-level cache between the
 passes over it."""
@@ -139,14 +141,19 @@ def answer_nll_partials_reference(
 @contextmanager
 def _exact_bf16_products() -> Iterator[None]:
     """Let a CPU's fp32 product run on its bf16 matrix unit. The operands were bf16, so that loses nothing, and the sums
-    stay in fp32, which a bf16 product does not give."""
+    stay in fp32, which a bf16 product does not give.
+
+    PyTorch has this switch for the whole process: an fp32 product that another thread begins meanwhile runs so too.
+    """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    # One thread at a time: another would take the switched value for the one to put back, and leave it for good.
+    with _SWITCH:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _tile_shape(num_rows: int, vocab_size: int, max_bytes: int, itemsize: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -196,3 +197,16 @@ def test_inference_tensors_and_parameters() -> None:
         with mode():
             nll_AJ, _ = answer_nll(inputs.hidden_AD, weight_VD, inputs.target_AJ)
         assert torch.equal(nll_AJ, expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="about the CPU's form")
+def test_threads_leave_the_precision_of_other_products_as_it_was() -> None:
+    """bf16 rows switch the process's matrix unit over and back; two threads at a time must not leave it switched."""
+    inputs = make_inputs(64, 64, 3000, torch.bfloat16)
+    expected, _ = call(inputs)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            results = [future.result() for future in [pool.submit(call, inputs) for _ in range(12)]]
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert all(torch.equal(nll_AJ, expected) for nll_AJ, _ in results)

@@ -50,16 +50,13 @@ class Job:
 
 
 def shipped_jobs(arch: str, dtypes: Sequence[str], hidden_sizes: Sequence[int]) -> Iterator[Job]:
-    """Every configuration with the options and loads with which a call can reach it."""
+    """Every configuration with the options with which a call can reach it."""
     for case in CONFIGS[arch]:
         for dtype in (name for name in dtypes if DTYPES[name].itemsize == case.itemsize):
             for options in OPTIONS:
                 for hidden_size in hidden_sizes:
-                    if case.config.use_tma:
-                        yield Job("partials", arch, dtype, options, hidden_size, True, case.config)
-                    # Pointers in the copy engine's place, where they need no mask: answer_nll itself never gets there.
-                    if not case.config.use_tma or hidden_size % case.config.block_d == 0:
-                        yield Job("partials", arch, dtype, options, hidden_size, False, case.config)
+                    # Never pointers in the copy engine's place: weights that it does not take go to the library's GEMM.
+                    yield Job("partials", arch, dtype, options, hidden_size, case.config.use_tma, case.config)
     for options in OPTIONS:
         yield Job("fold_logits", arch, "fp32", options)
     yield Job("combine", arch, "fp32", "plain")

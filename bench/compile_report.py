@@ -62,8 +62,7 @@ def find_faults(job: Job, compiled: Compiled) -> list[str]:
         faults.append("no bulk tensor copy")
     if job.arch == "sm_90" and job.dtype != "fp32" and 1 not in compiled.wgmma_waits:
         faults.append("each wgmma is waited for before the next")
-    # Pointers where the copy engine is meant are the exception: fewer programs may fit than the table counts on.
-    expected = job.config.programs_per_sm if job.use_tma == job.config.use_tma else 1
+    expected = job.config.programs_per_sm
     if compiled.programs_that_fit < expected:
         faults.append(f"{compiled.programs_that_fit} programs fit on a multiprocessor; the table says {expected}")
     return faults

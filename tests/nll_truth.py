@@ -92,7 +92,8 @@ def find_truth(inputs: Inputs) -> Truth:
 Compute = Callable[[Inputs], Partials]
 
 
-def fused(config: LaunchConfig = ROWS_FIRST, num_splits: int | None = 3, **more: Any) -> Compute:
+def fused(config: LaunchConfig | None = ROWS_FIRST, num_splits: int | None = 3, **more: Any) -> Compute:
+    """With None what a call would get: the shipped configuration, as many splits as suit the device."""
     from fastscore_kernels.fused_launch import fused_partials
 
     def compute(inputs: Inputs) -> Partials:

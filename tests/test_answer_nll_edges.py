@@ -16,6 +16,8 @@ from fastscore_kernels.partials import combine_partials, nll_from_partials
 from nll_truth import ALL_COMPUTES, COMPUTES, DEVICE, LAYOUTS, Inputs, check, find_truth, fused, make_inputs
 from nll_truth import poisoned_memory as poison
 
+# NumPy's, about the infinities and NaNs that are the point here.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 COMPUTE = pytest.mark.parametrize("compute", ALL_COMPUTES)
 KERNEL = pytest.mark.parametrize("compute", COMPUTES)
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

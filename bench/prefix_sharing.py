@@ -39,6 +39,11 @@ from fastscore.config import DEFAULT_MODEL
 
 NO_TREE = "fastscore, no tree"
 
+FURTHEST = {**MAX_DIFFERENCE, "bf16": 1.5}
+"""As MAX_DIFFERENCE, for thousands of tokens: over all of nq_qa, bf16 scores of fastscore are up to 0.76 nats from the
+fp32 truth and those of padded batches up to 0.69 (``fidelity.py``), so two of them may be that far apart together.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
@@ -88,7 +93,7 @@ class Contenders:
         """
         found = {name: difference(self.scores[name], self.scores[OURS]) for name in (NO_TREE, PADDED, TUNED)}
         for name, value in found.items():
-            if value.max > MAX_DIFFERENCE[self.dtype] or value.mean > MEAN_DIFFERENCE[self.dtype]:
+            if value.max > FURTHEST[self.dtype] or value.mean > MEAN_DIFFERENCE[self.dtype]:
                 raise Disagreement(f"{name} differs from fastscore: {value}")
         return found
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fastscore_kernels import fused_launch
-from fastscore_kernels.launch_configs import LaunchConfig
+from fastscore_kernels.launch_configs import CONFIGS, LaunchConfig
 from fastscore_kernels.partials import nll_from_partials
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -140,6 +140,18 @@ def test_splits(num_splits: int | None, config: LaunchConfig) -> None:
     """8 tiles of 128: one split, uneven ones, one each, more splits than tiles or than the combination's block."""
     inputs = make_inputs(17, 32, 1021)
     check(fused(config, num_splits)(inputs), inputs)
+
+
+SHIPPED = [(arch, case.config, case.itemsize) for arch, cases in CONFIGS.items() for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "itemsize"), SHIPPED, ids=[f"{arch}-A{config.block_a}-{size}" for arch, config, size in SHIPPED]
+)
+def test_shipped_configurations(arch: str, config: LaunchConfig, itemsize: int) -> None:
+    """A block of rows and a bit, and as many splits as there would be."""
+    inputs = make_inputs(config.block_a + 1, 80, 389, torch.float16 if itemsize == 2 else torch.float32, num_targets=2)
+    check(fused(config, None)(inputs), inputs)
 
 
 @pytest.mark.parametrize("row_group", [1, 2, 3, 16])

@@ -16,8 +16,8 @@ from fastscore_kernels.partials import Partials, nll_from_partials
 
 _SWITCH = threading.Lock()
 DEFAULT_LOGITS_BYTES = 16 << 20
-"""Budget for one tile of logits; about what stays in a CPU's last-level cache between the passes over it."""
-MAX_TILE_ROWS = 1024
+"""Budget for one tile of logits (and one of their softmax); about what stays in a CPU's last-level cache between the
+passes over it."""
 
 
 def answer_nll_reference(
@@ -35,7 +35,7 @@ def answer_nll_reference(
     ``logits = softcap(logit_scale * (hidden_AD @ weight_VD.T + bias))`` with ``softcap(x) = c * tanh(x / c)``, and
     ``nll = logsumexp(logits) - logits[target]``. Products accumulate in fp32 (fp64 for fp64 input) whatever the
     dtype of the operands, and the target's logit is read from the same tile as the LSE. Low-precision weights are
-    upcast one vocabulary tile at a time, hidden states all at once.
+    upcast one vocabulary tile at a time.
 
     Args:
         hidden_AD: hidden states ``[A, D]``; A may be 0.
@@ -44,7 +44,7 @@ def answer_nll_reference(
         bias: optional ``[V]``; entries may be -inf.
         logit_scale: multiplies the logits (after the bias, before the soft cap).
         logit_softcap: c above, or None.
-        max_logits_bytes: upper bound for one tile of logits; one of upcast weight may have twice as much.
+        max_logits_bytes: upper bound for one tile of logits; their softmax takes as much again.
 
     Returns:
         The NLL in nats, shaped like ``target_A`` (fp32, or fp64 for fp64 input), and ``top1_A``, the most probable
@@ -70,7 +70,6 @@ def answer_nll_reference(
     return nll_from_partials(partials).reshape(target_A.shape), partials.top1_A
 
 
-@torch.no_grad()
 def answer_nll_partials_reference(
     hidden_AD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -96,24 +95,20 @@ def answer_nll_partials_reference(
     target_logit_AJ = torch.full(target_AJ.shape, -torch.inf, dtype=accumulator, device=hidden_AD.device)
     top1_A = torch.zeros(num_rows, dtype=torch.int64, device=hidden_AD.device)
 
-    exact_bf16 = hidden_AD.dtype == weight_VD.dtype == torch.bfloat16
-    hidden_AD = hidden_AD.to(accumulator)
-    upcast = weight_VD.dtype != accumulator
-    tile_rows, tile_vocab = _tile_shape(num_rows, weight_VD, max_logits_bytes, accumulator.itemsize, upcast)
+    tile_rows, tile_vocab = _tile_shape(num_rows, vocab_size, max_logits_bytes, accumulator.itemsize)
     # Both tiles are made once: fresh memory for each would cost more than the passes over it.
-    logits = best_A.new_empty(tile_rows * tile_vocab)
-    tile_vD = best_A.new_empty(tile_vocab if upcast else 0, weight_VD.shape[1])
+    logits = torch.empty(tile_rows * tile_vocab, dtype=accumulator, device=hidden_AD.device)
+    softmax = torch.empty_like(logits)
+    exact_bf16 = hidden_AD.dtype == weight_VD.dtype == torch.bfloat16
     for first_v in range(0, vocab_size, tile_vocab):
         last_v = min(first_v + tile_vocab, vocab_size)
-        weight_vD = weight_VD[first_v:last_v]
-        if upcast:
-            weight_vD = tile_vD[: last_v - first_v].copy_(weight_vD)
+        weight_vD = weight_VD[first_v:last_v].to(accumulator)
         for first_a in range(0, num_rows, tile_rows):
             rows = slice(first_a, min(first_a + tile_rows, num_rows))
             shape = (rows.stop - rows.start, last_v - first_v)
-            logits_av = logits[: shape[0] * shape[1]].view(shape)
+            logits_av, softmax_av = (tile[: shape[0] * shape[1]].view(shape) for tile in (logits, softmax))
             with _exact_bf16_products() if exact_bf16 else nullcontext():
-                torch.mm(hidden_AD[rows], weight_vD.T, out=logits_av)
+                torch.mm(hidden_AD[rows].to(accumulator), weight_vD.T, out=logits_av)
             if bias is not None:
                 logits_av += bias[first_v:last_v]
             if logit_scale != 1.0:
@@ -125,18 +120,20 @@ def answer_nll_partials_reference(
             local_aJ = (target_AJ[rows] - first_v).clamp(0, last_v - first_v - 1)
             target_logit_AJ[rows] = torch.where(here_aJ, logits_av.gather(1, local_aJ), target_logit_AJ[rows])
 
-            tile_best_a = logits_av.amax(dim=1)
-            # Which token it is takes longer to find than the maximum itself, and matters only where that is strictly
-            # better than before: in few rows of later tiles. max() returns the first index of a maximum on a CPU.
-            better_b = (tile_best_a > best_A[rows]).nonzero()[:, 0]
-            better_bv = logits_av if len(better_b) == shape[0] else logits_av[better_b]
-            top1_A[first_a + better_b] = better_bv.max(dim=1).indices + first_v
+            # max() returns the first index of a maximum on CPU, which is what "lowest index wins" needs in a tile;
+            # across tiles the strict comparison keeps the earlier one.
+            tile_best_a, tile_top1_a = logits_av.max(dim=1)
+            top1_A[rows] = torch.where(tile_best_a > best_A[rows], tile_top1_a + first_v, top1_A[rows])
+            # The sum of exp(logit - best) is the reciprocal of the best one's probability within the tile, and softmax
+            # is one fused pass where exponentials and their sum would be three.
+            torch.softmax(logits_av, dim=1, out=softmax_av)
+            tile_sumexp_a = softmax_av.gather(1, tile_top1_a[:, None])[:, 0].reciprocal()
+            # Where all logits are -inf there is no softmax, and nothing to subtract.
+            tile_sumexp_a = torch.where(tile_best_a.isneginf(), torch.zeros_like(tile_best_a), tile_sumexp_a)
             new_best_a = torch.maximum(best_A[rows], tile_best_a)
-            # Rows of nothing but -inf so far have no maximum to subtract.
             shift_a = torch.where(new_best_a.isneginf(), torch.zeros_like(new_best_a), new_best_a)
-            # In place: the tile is not needed any more.
-            tile_sumexp_a = logits_av.sub_(shift_a[:, None]).exp_().sum(dim=1)
-            sumexp_A[rows] = sumexp_A[rows] * (best_A[rows] - shift_a).exp() + tile_sumexp_a
+            sumexp_A[rows] *= (best_A[rows] - shift_a).exp()
+            sumexp_A[rows] += tile_sumexp_a * (tile_best_a - shift_a).exp()
             best_A[rows] = new_best_a
     return Partials(best_A, sumexp_A, target_logit_AJ, top1_A + vocab_start)
 
@@ -159,11 +156,8 @@ def _exact_bf16_products() -> Iterator[None]:
             matmul.fp32_precision = before
 
 
-def _tile_shape(num_rows: int, weight_VD: torch.Tensor, max_bytes: int, itemsize: int, upcast: bool) -> tuple[int, int]:
+def _tile_shape(num_rows: int, vocab_size: int, max_bytes: int, itemsize: int) -> tuple[int, int]:
     """Rows and vocabulary entries of a tile: many rows (the weight is upcast once a tile), then all the width left."""
-    vocab_size, hidden_size = weight_VD.shape
     elements = max(1, max_bytes // itemsize)
-    rows = max(1, min(num_rows, MAX_TILE_ROWS, elements))
-    width = min(vocab_size, elements // rows)
-    # With few rows a tile of logits is wide, and the same width of weight is far larger.
-    return rows, max(1, min(width, 2 * elements // max(1, hidden_size)) if upcast else width)
+    rows = max(1, min(num_rows, 512, elements))
+    return rows, max(1, min(vocab_size, elements // rows))

@@ -18,10 +18,11 @@ EXTRAS = {
     "device-map": [ACCELERATE],
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
+    "quantize": ["torchao>=0.18,<1"],
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
-    {requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]}
+    {requirement for name in ("gguf", "lora", "device-map", "datasets", "quantize") for requirement in EXTRAS[name]}
 )
 EXTRAS["dev"] = [
     *EXTRAS["all"],
@@ -45,7 +46,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastscore", "fastscore.attention", "fastscore.integrations", "fastscore_kernels"],
+    packages=["fastscore", "fastscore.attention", "fastscore.decoder", "fastscore.integrations", "fastscore_kernels"],
     package_dir={"fastscore_kernels": "kernels"},
     package_data={"fastscore": ["py.typed"], "fastscore_kernels": ["py.typed", "*.json"]},
     install_requires=[

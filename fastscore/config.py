@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 Overflow = Literal["error", "truncate-left"]
+Forward = Literal["auto", "own", "model"]
+Residual = Literal["auto", "fp32", "model"]
+Quantize = Literal["int8", "fp8"]
 Answers = Literal["first", "all", "sample"]
 Combine = Literal["max", "mean", "logsumexp", "min"]
 
@@ -34,7 +37,12 @@ class ScorerConfig:
     dtype: ``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32.
     device: ``auto`` is the first CUDA device when there is one, otherwise the CPU.
     attention: name of an attention provider, or ``auto`` for the first one that can run the model.
-    max_batch_tokens: token budget of a pack; None chooses one for the device.
+    forward: whose layers run: ``auto`` is fastscore's own forward pass where it knows the model's layers and agrees
+        with them, otherwise the model's; ``own`` insists; ``model`` is always the model's.
+    residual: dtype of the residual stream: ``auto`` is fp32 in fastscore's own forward pass; ``model`` the model's.
+    quantize: linear layers in eight bits (the model's own layers run then), or None.
+    compiled: element-wise work of fastscore's own forward pass through torch.compile.
+    max_batch_tokens: token budget of a pack; None chooses one for the model and the device.
     window_tokens: rows are scored together until they have this many tokens; prefixes are shared within a window.
     share_prefixes: False computes every request by itself, for comparison.
     deterministic: scores are bitwise the same whatever else is in the file, at a cost in speed.
@@ -48,6 +56,10 @@ class ScorerConfig:
     adapter: str | None = None
     trust_remote_code: bool = False
     attention: str = "auto"
+    forward: Forward = "auto"
+    residual: Residual = "auto"
+    compiled: bool = False
+    quantize: Quantize | None = None
     max_batch_tokens: int | None = None
     window_tokens: int = DEFAULT_WINDOW_TOKENS
     share_prefixes: bool = True
@@ -61,6 +73,12 @@ class ScorerConfig:
             raise ValueError(f"model must be a name or a path; found {self.model!r}")
         _check_choice("dtype", self.dtype, get_args(DType))
         _check_choice("overflow", self.overflow, get_args(Overflow))
+        _check_choice("forward", self.forward, get_args(Forward))
+        _check_choice("residual", self.residual, get_args(Residual))
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, get_args(Quantize))
+        if self.forward == "model" and (self.residual == "fp32" or self.compiled):
+            raise ValueError("residual fp32 and compile belong to fastscore's own forward pass, not to forward model")
         if self.max_batch_tokens is not None:
             _check_positive("max_batch_tokens", self.max_batch_tokens)
         _check_positive("window_tokens", self.window_tokens)

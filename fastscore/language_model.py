@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 
 from fastscore.attention import Provider
 from fastscore.lm_head import LMHead
-from fastscore.packed_forward import CarriedKeys, own_attention, packed_hidden, padded_hidden, seq2seq_hidden
+from fastscore.packed_forward import PackForward, own_attention, padded_hidden, seq2seq_hidden
 from fastscore.packing import cut_pack, pack_size
 from fastscore.padding import padded_batch, padded_groups, seq2seq_batch, seq2seq_groups, slot_offsets
 from fastscore.prefix_tree import PrefixTree, build_prefix_tree
 from fastscore.ranges import Ints, ranges
-from fastscore.types import Batch, PaddedBatch, ScoringRequest, Seq2SeqBatch
+from fastscore.types import Batch, CarriedKeys, PaddedBatch, ScoringRequest, Seq2SeqBatch
 
 logger = logging.getLogger("fastscore")
 
-DETERMINISTIC_TOKENS = 2048
+DETERMINISTIC_TOKENS = 1024
 """Size of every pack under ``deterministic``, whatever the budget: matrix products of one shape sum in one order."""
 SMALLEST_BUDGET = 64
 """A pack that does not fit at this size never will."""
@@ -46,6 +46,8 @@ Work = tuple[Slots, Iterator[tuple[Batch, torch.Tensor]]]
 class LanguageModel:
     """A loaded model. ``mode`` is ``packed``, ``padded`` (with the reason) or ``encoder-decoder``.
 
+    provider, forward: attention over packs and the forward pass around it; None where the model does not run packed.
+    forward_name: whose layers run and how, in words.
     max_batch_tokens: budget of a batch; halved when the device runs out of memory.
     longest_packed: longer inputs take the padded path, a batch of their own (LongRoPE); None for no such limit.
     """
@@ -55,6 +57,8 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
     provider: Provider | None
+    forward: PackForward | None
+    forward_name: str
     mode: str
     reason: str
     max_batch_tokens: int
@@ -107,8 +111,7 @@ class LanguageModel:
 
     def _run_packs(self, tree: PrefixTree) -> Iterator[tuple[Batch, torch.Tensor]]:
         """The stream, pack by pack. Out of memory: the budget is halved and the pack cut again from where it began."""
-        assert self.provider is not None, "a packed model has one"
-        attend = self.provider.load()
+        assert self.forward is not None, "a packed model has one"
         carried: CarriedKeys = []
         start = 0
         while start < tree.num_tokens:
@@ -120,8 +123,9 @@ class LanguageModel:
             pack = cut_pack(tree, start, size, padded_to).to(self.device)
             try:
                 with torch.inference_mode():
-                    hidden_TD, carry = packed_hidden(self.model, pack, attend, carried)
-                    hidden_AD = hidden_TD[pack.answer_row_A]
+                    # Products of another number of rows sum in another order.
+                    hidden, carry = self.forward(pack, carried, None if self.deterministic else pack.answer_row_A)
+                    hidden_AD = hidden[pack.answer_row_A] if self.deterministic else hidden
             except torch.OutOfMemoryError:
                 if self.deterministic or size <= SMALLEST_BUDGET:
                     raise

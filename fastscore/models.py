@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from fastscore.attention import AttentionNeeds, Provider, choose_provider
+from fastscore.attention import AttentionNeeds, choose_provider
+from fastscore.budget import default_budget
 from fastscore.config import ScorerConfig
+from fastscore.forwards import choose_forward
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
 from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
-from fastscore.self_check import check_causal, check_packed, check_provider, probe_requests
+from fastscore.quantize import quantize_linears
+from fastscore.self_check import check_causal, check_packed, probe_requests
 from fastscore.types import InputError, ScoringRequest
 
 logger = logging.getLogger("fastscore")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 def load_config(source: ModelSource, config: ScorerConfig) -> Any:
@@ -88,6 +89,8 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         model = _with_adapter(model, config.adapter)
     if not config.device_map:
         model = model.to(device)  # type: ignore[arg-type]
+    if config.quantize is not None:
+        quantize_linears(model, config.quantize)
     return prepare_model(model, config)
 
 
@@ -108,7 +111,7 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         model.set_attn_implementation("eager")  # the SDPA of transformers 5.17 leaves the soft cap out
     device = model.device
     head = find_lm_head(model)
-    provider = None
+    chosen = None
     if model.config.is_encoder_decoder:
         if getattr(model.config, "decoder_start_token_id", None) is None:
             raise InputError("the model's config has no decoder_start_token_id: what an answer begins with is unknown")
@@ -119,41 +122,32 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         reason, needs = check_packed(model, device)
         mode = "padded" if reason else "packed"
         if not reason:
-            provider = _working_provider(model, config.attention, replace(needs, deterministic=config.deterministic))
+            chosen = choose_forward(model, config, needs)
     _check_head(model, head, device)
     if config.deterministic and mode != "packed":
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
+    if chosen is None and (config.forward == "own" or config.residual == "fp32" or config.compiled):
+        raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
     loaded = LanguageModel(
         model=model,
         head=head,
         device=device,
         dtype=model.dtype,
-        provider=provider,
+        provider=None if chosen is None else chosen.provider,
+        forward=None if chosen is None else chosen.forward,
+        forward_name="the model's own layers" if chosen is None else chosen.name,
         mode=mode,
         reason=reason,
-        max_batch_tokens=config.max_batch_tokens or DEFAULT_PACK_TOKENS.get(device.type, 4096),
+        max_batch_tokens=config.max_batch_tokens or default_budget(model.config, device, model.dtype),
         share_prefixes=config.share_prefixes,
         deterministic=config.deterministic,
         longest_packed=_longest_short_input(model.config),
     )
-    if provider is not None:
-        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), provider.name)
+    if chosen is not None:
+        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), chosen.provider.name)
     else:
         logger.warning("%s, %s, not packed: %s", device, _dtype_name(model.dtype), reason)
     return loaded
-
-
-def _working_provider(model: PreTrainedModel, name: str, needs: AttentionNeeds) -> Provider:
-    """The provider of that name, or the first that can serve; it is tried on this model before it is taken."""
-    passed_over: set[str] = set()
-    while True:
-        provider = choose_provider(name, needs, passed_over)
-        if not (reason := check_provider(model, provider.load(), model.device)):
-            return provider
-        if name != "auto":
-            raise InputError(f"attention provider {name!r} cannot be used: {reason}")
-        logger.warning("attention by %s passed over: %s", provider.name, reason)
-        passed_over.add(provider.name)
 
 
 def choose_device(name: str) -> torch.device:

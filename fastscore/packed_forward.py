@@ -1,7 +1,7 @@
-"""A Hugging Face model's forward pass: over packs through its attention interface, or over padded batches.
+"""A Hugging Face model's own forward pass: over packs through its attention interface, or over padded batches.
 
-Shapes: T packed tokens, C keys carried into a pack, D hidden, H heads, K key-value heads, d head size, B batch, L
-padded length.
+Shapes: T packed tokens, A rows that are asked for, C keys carried into a pack, D hidden, H heads, K key-value heads, d
+head size, B batch, L padded length.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fastscore.attention import Attend
-from fastscore.types import PackedBatch, PaddedBatch, Seq2SeqBatch
+from fastscore.types import CarriedKeys, PackedBatch, PaddedBatch, Seq2SeqBatch
 
 ATTENTION_NAME = "fastscore_packed"
 
-CarriedKeys = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values ``[C, K, d]`` that a pack leaves to the next, one entry per attention call of the forward pass."""
+
+class PackForward(Protocol):
+    """A model's forward pass over a pack: hidden states ``[A, D]`` of those rows (``[T, D]`` of all where None) after
+    the last norm, and what the next pack needs. ``carried`` comes from the pack before."""
+
+    def __call__(
+        self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
+    ) -> tuple[torch.Tensor, CarriedKeys]: ...
 
 
 @dataclass(slots=True)
-class PackedForward:
+class _Passage:
     """What travels through the model's keyword arguments to its attention layers."""
 
     pack: PackedBatch
@@ -42,7 +48,7 @@ def _packed_attention(
     value_1KTd: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    packed: PackedForward,
+    packed: _Passage,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -98,18 +104,26 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, "model", base) if base is model else base
 
 
-def packed_hidden(
-    model: PreTrainedModel, pack: PackedBatch, attend: Attend, carried: CarriedKeys
-) -> tuple[torch.Tensor, CarriedKeys]:
-    """Hidden states ``[T, D]`` of a pack, and what the next one needs.
+@dataclass(frozen=True, slots=True)
+class ModelForward:
+    """The layers of the model itself, around attention over packs.
 
-    The model's attention implementation must be ``ATTENTION_NAME``; ``carried`` comes from the pack before.
+    The model's attention implementation must be ``ATTENTION_NAME``.
     """
-    forward = PackedForward(pack, attend, carried if pack.num_carried else [])
-    output = body_of(model)(
-        input_ids=pack.token_ids_T[None], position_ids=pack.position_ids_T[None], use_cache=False, packed=forward
-    )
-    return output.last_hidden_state[0], forward.carry
+
+    model: PreTrainedModel
+    attend: Attend
+
+    def __call__(
+        self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
+    ) -> tuple[torch.Tensor, CarriedKeys]:
+        """See :class:`PackForward`."""
+        passage = _Passage(pack, self.attend, carried if pack.num_carried else [])
+        output = body_of(self.model)(
+            input_ids=pack.token_ids_T[None], position_ids=pack.position_ids_T[None], use_cache=False, packed=passage
+        )
+        hidden_TD = output.last_hidden_state[0]
+        return hidden_TD if rows_A is None else hidden_TD[rows_A], passage.carry
 
 
 def padded_hidden(model: PreTrainedModel, batch: PaddedBatch) -> torch.Tensor:

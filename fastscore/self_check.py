@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fastscore.attention import PROVIDERS, Attend, AttentionNeeds
-from fastscore.packed_forward import ATTENTION_NAME, CarriedKeys, packed_hidden, padded_hidden
+from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, padded_hidden
 from fastscore.packing import cut_pack
 from fastscore.padding import padded_batch, slot_offsets
 from fastscore.prefix_tree import build_prefix_tree
-from fastscore.types import PackedBatch, ScoringRequest
+from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest
 
 PROBE_LENGTHS = (14, 9)
 SHARED_LENGTH = 6
@@ -67,10 +67,16 @@ def check_packed(model: PreTrainedModel, device: torch.device) -> tuple[str, Att
 @torch.inference_mode()
 def check_provider(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
     """How a provider's attention differs from the reference on a model that runs packs, or ""."""
+    return check_forward(model, ModelForward(model, attend), device)
+
+
+@torch.inference_mode()
+def check_forward(model: PreTrainedModel, forward: PackForward, device: torch.device) -> str:
+    """How a forward pass differs from the model's own with reference attention, on a model that runs packs, or ""."""
     first, second, third, _ = probe_requests(_vocab_size(model))
-    truth = _run(model, [first, second, third], PROVIDERS["reference"].load(), device)
+    truth = _run(ModelForward(model, PROVIDERS["reference"].load()), [first, second, third], device)
     try:
-        found = _run(model, [first, second, third], attend, device)
+        found = _run(forward, [first, second, third], device)
     except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
         return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
     difference = _relative(found, truth)
@@ -107,8 +113,9 @@ def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -
         return "its attention does not go through transformers' attention interface"
     tolerance = tolerance_for(model.dtype)
     # Nothing shared here, so the longer request stands first.
-    packed = _run(model, [first, second], attend, device, share=False)
-    replaced = _run(model, [other, second], attend, device, share=False)
+    forward = ModelForward(model, attend)
+    packed = _run(forward, [first, second], device, share=False)
+    replaced = _run(forward, [other, second], device, share=False)
     length = PROBE_LENGTHS[0]
     leak = _relative(replaced[length:], packed[length:])
     if not leak <= tolerance / 10:
@@ -116,7 +123,7 @@ def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -
     difference = _relative(packed, torch.cat(alone[:2]))
     if not difference <= tolerance:
         return f"packed and separate sequences disagree (relative difference {difference:.1e})"
-    shared = _run(model, [first, second, third], attend, device)
+    shared = _run(forward, [first, second, third], device)
     difference = _relative(shared, torch.cat(alone))
     if not difference <= tolerance:
         return f"sequences that share a prefix disagree with separate ones (relative difference {difference:.1e})"
@@ -129,15 +136,16 @@ def _alone(model: PreTrainedModel, request: ScoringRequest, device: torch.device
 
 
 def _run(
-    model: PreTrainedModel, requests: list[ScoringRequest], attend: Attend, device: torch.device, share: bool = True
+    forward: PackForward, requests: list[ScoringRequest], device: torch.device, share: bool = True
 ) -> torch.Tensor:
     """Hidden states of every request's tokens, one after the other; in several packs where prefixes are shared."""
     tree = build_prefix_tree(requests, share=share)
     size = 8 if share else tree.num_tokens
-    hidden, carried = [], CarriedKeys()
+    hidden: list[torch.Tensor] = []
+    carried: CarriedKeys = []
     for start in range(0, tree.num_tokens, size):
         pack: PackedBatch = cut_pack(tree, start, min(size, tree.num_tokens - start)).to(device)
-        hidden_TD, carried = packed_hidden(model, pack, attend, carried)
+        hidden_TD, carried = forward(pack, carried, None)
         hidden.append(hidden_TD.float())
     rows = torch.from_numpy(tree.slot_row_Q[tree.request_slot]).to(device)
     return torch.cat(hidden)[rows]

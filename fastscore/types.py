@@ -232,6 +232,8 @@ class Seq2SeqBatch:
 
 
 Batch: TypeAlias = PackedBatch | PaddedBatch | Seq2SeqBatch
+CarriedKeys: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
+"""Keys and values ``[C, K, d]`` that a pack leaves to the next, one entry per attention call of the forward pass."""
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -118,7 +118,7 @@ def cpu_varlen(
 
 
 ATTENDS: dict[str, Any] = {
-    **{name: PROVIDERS[name].load() for name in ("sdpa", "blocked", "reference")},
+    **{name: PROVIDERS[name].load() for name in ("dense", "blocked", "reference")},
     "varlen": partial(attend_varlen, cpu_varlen),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -147,9 +147,6 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ATTENDS)
 def test_provider_equals_dense_attention(name: str, options: str, parts: str) -> None:
-    if name == "sdpa" and "softcap" in OPTIONS[options]:
-        assert PROVIDERS["sdpa"].unusable(AttentionNeeds("cpu", softcap=True))
-        return
     given_options = {"sliding_window": None, "softcap": None, "sinks": None, "scaling": 0.3} | OPTIONS[options]
     for seed, size in ((0, 1000), (1, 64), (2, 17)):
         for pack in packs_of(shared_requests(seed), size):
@@ -214,29 +211,27 @@ def questions(stem: int, count: int, length: int) -> list[ScoringRequest]:
 
 
 def test_questions_about_a_passage_are_one_span_and_copy_no_key() -> None:
-    (pack,) = packs_of(questions(stem=110, count=2, length=20), 10_000)
-    (span,) = split_spans(pack, None, torch.float32)
+    (pack,) = packs_of(questions(stem=30, count=2, length=20), 10_000)
+    (span,) = split_spans(pack, None, 1, torch.float32)
     assert (span.first_q, span.last_q) == (0, pack.num_tokens)
     assert span.key_runs == ((0, pack.num_tokens),)
-    assert span.mask_11qk is not None
-    seen = (span.mask_11qk[0, 0] == 0).sum(dim=1)
+    seen = (span.mask_qk == 0).sum(dim=1)
     assert seen.tolist() == [position + 1 for position in pack.position_ids_T.tolist()]
 
 
 def test_what_shares_little_is_not_computed_together() -> None:
     (pack,) = packs_of([ScoringRequest(tuple(range(first, first + 300)), 1) for first in (0, 1000, 2000)], 10_000)
-    spans = split_spans(pack, None, torch.float32)
-    assert [span.last_q - span.first_q for span in spans] == [299] * 3
-    assert all(span.mask_11qk is None for span in spans), "plain causal attention"
+    spans = split_spans(pack, None, 1, torch.float32)
+    assert [span.last_q - span.first_q for span in spans] == [100, 100, 99] * 3
+    assert [span.mask_qk.shape[1] for span in spans] == [100, 200, 299] * 3, "what causality hides is left out"
 
 
 def test_many_short_branches_are_a_few_spans_of_bounded_waste() -> None:
     (pack,) = packs_of(questions(stem=600, count=400, length=3), 10_000)
-    spans = split_spans(pack, None, torch.float32)
+    spans = split_spans(pack, None, 1, torch.float32)
     assert len(spans) < 30
-    masks = [span.mask_11qk for span in spans]
-    computed = sum(mask.numel() for mask in masks if mask is not None)
-    needed = sum((mask == 0).sum() for mask in masks if mask is not None)
+    computed = sum(span.mask_qk.numel() for span in spans)
+    needed = sum(int((span.mask_qk == 0).sum()) for span in spans)
     assert computed < 1.5 * needed
 
 
@@ -244,14 +239,14 @@ def test_many_short_branches_are_a_few_spans_of_bounded_waste() -> None:
 def test_a_long_text_over_two_packs_has_one_small_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans_module, "MAX_SCORES", 1 << 18)
     _, pack = packs_of([ScoringRequest(tuple(range(4001)), 4000)], 2000)
-    spans = split_spans(pack, window, torch.float32)
+    spans = split_spans(pack, window, 1, torch.float32)
     assert [span.first_q for span in spans] == [0, *(span.last_q for span in spans[:-1])]
-    masks = [span.mask_11qk for span in spans if span.mask_11qk is not None]
-    assert len(masks) == len(spans) > 10
+    masks = [span.mask_qk for span in spans]
+    assert len(spans) > 10
     assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
     assert masks[0].untyped_storage().nbytes() <= 4 * (1 << 18)
     keys = [sum(stop - start for start, stop in span.key_runs) for span in spans]
-    assert keys == [mask.shape[3] for mask in masks]
+    assert keys == [mask.shape[1] for mask in masks]
     assert max(keys) == 4000 if window is None else max(keys) < 700 + spans_module.MIN_ROWS + 1
 
 
@@ -259,7 +254,7 @@ def test_padding_of_a_fixed_pack_is_zero() -> None:
     tree = build_prefix_tree(shared_requests(3))
     pack = cut_pack(tree, 0, tree.num_tokens, padded_to=tree.num_tokens + 9)
     query, key, value = inputs(pack, torch.float32)
-    for name in ("blocked", "reference", "sdpa"):
+    for name in ("blocked", "reference", "dense"):
         out = ATTENDS[name](query, key, value, pack, scaling=0.3, sliding_window=None, softcap=None, sinks=None)
         assert out.shape == query.shape
         assert (out[tree.num_tokens :] == 0).all()
@@ -323,10 +318,10 @@ def test_what_torch_varlen_cannot_do_is_known_before(needs: AttentionNeeds, reas
 
 
 def test_the_next_provider_is_taken() -> None:
-    assert choose_provider("auto", AttentionNeeds("cpu")).name == "sdpa"
-    assert choose_provider("auto", AttentionNeeds("cpu", softcap=True)).name == "reference"
+    assert choose_provider("auto", AttentionNeeds("cpu")).name == "dense"
+    assert choose_provider("auto", AttentionNeeds("cpu", softcap=True, sinks=True, sliding_window=True)).name == "dense"
     assert choose_provider("auto", AttentionNeeds("cpu", deterministic=True)).name == "blocked"
-    assert choose_provider("auto", AttentionNeeds("cpu"), {"sdpa"}).name == "reference"
+    assert choose_provider("auto", AttentionNeeds("cpu"), {"dense"}).name == "reference"
     with pytest.raises(InputError, match="unknown attention provider 'fast'; known: auto, flash-attn-4"):
         choose_provider("fast", NEEDS)
     names = [name for name, _, _ in available_providers(NEEDS)]

@@ -147,7 +147,7 @@ def test_a_whole_run_in_a_process(tmp_path: Path, model: Path) -> None:
     assert names(tmp_path) == {first.name, second.name, out.name, f"{out.name}.errors.jsonl", f"{out.name}.meta.json"}
     assert "\x1b" not in done.stderr
     assert "━" not in done.stderr, "a bar though stderr is no terminal"
-    assert done.stderr.splitlines()[0] == "fastscore: cpu, fp32, packed, attention by sdpa"
+    assert done.stderr.splitlines()[0] == "fastscore: cpu, fp32, packed, attention by dense"
     for said in ("positive is best", "tokens saved", "2, recorded in"):
         assert said in done.stderr
 

@@ -161,7 +161,7 @@ def test_packed_mode_is_logged_once(llama: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, logger="fastscore"):
         Scorer(str(llama), dtype="fp32", device="cpu").score_tokens(token_pairs())
     assert [record.getMessage() for record in caplog.records if record.name == "fastscore"] == [
-        "cpu, fp32, packed, attention by sdpa"
+        "cpu, fp32, packed, attention by dense"
     ]
 
 

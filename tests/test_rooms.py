@@ -56,8 +56,12 @@ ROOMS: dict[str, Room] = {
     "model_source": room(2, "types", frozenset({"transformers", "gguf", "platformdirs"})),
     "lm_head": room(2, "types", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
+    "decoder/": room(2, "types attention/ decoder/", MODEL),
+    "budget": room(2, "", frozenset({"torch"})),
+    "quantize": room(2, "types", MODEL | {"torchao"}),
     "answer_head": room(2, "kernels/ types ranges lm_head", frozenset({"numpy", "torch"})),
     "self_check": room(2, "types prefix_tree packing padding attention/ packed_forward", MODEL),
+    "forwards": room(2, "types config attention/ decoder/ packed_forward self_check", MODEL),
     "language_model": room(
         2,
         "types ranges prefix_tree packing padding attention/ lm_head packed_forward",
@@ -65,7 +69,8 @@ ROOMS: dict[str, Room] = {
     ),
     "models": room(
         2,
-        "types config padding attention/ model_source lm_head packed_forward self_check language_model",
+        "types config padding attention/ budget model_source lm_head quantize packed_forward self_check forwards "
+        "language_model",
         MODEL | {"peft", "accelerate"},
     ),
     "aggregate": room(3, "types config"),
@@ -109,7 +114,7 @@ def source_files() -> list[Path]:
 
 
 def source_name(path: Path) -> str:
-    """``fastscore/attention/sdpa.py`` is ``attention/sdpa``; files of kernels/ keep their folder."""
+    """``fastscore/attention/dense.py`` is ``attention/dense``; files of kernels/ keep their folder."""
     relative = path.relative_to(ROOT).with_suffix("").as_posix()
     return relative.removeprefix("fastscore/")
 
@@ -274,7 +279,7 @@ def test_nobody_says_import_kernels(folder: str) -> None:
         ("models", "import kernels.answer_nll", "the package is called fastscore_kernels"),
         ("kernels/answer_nll", "import numpy", "kernels/answer_nll:1: imports numpy, which kernels/ may not"),
         ("kernels/answer_nll", "import fastscore.types", "imports fastscore.types, which kernels/ may not"),
-        ("attention/sdpa", "from fastscore.models import load_model", "imports fastscore.models, which attention/"),
+        ("attention/dense", "from fastscore.models import load_model", "imports fastscore.models, which attention/"),
         ("integrations/ray", "from fastscore.integrations import upstream", "never import one another"),
         ("integrations/ray", "import fastscore.cli", "imports fastscore.cli, which integrations/ may not"),
         ("rows", "import fastscore.nowhere", "imports fastscore.nowhere, which has no room in the table"),
@@ -295,7 +300,7 @@ def test_the_table_catches(name: str, source: str, complaint: str) -> None:
     ("name", "source"),
     [
         ("rows", "from fastscore.types import InputError\nimport json, os.path"),
-        ("attention/flash", "from fastscore.attention.sdpa import attend\nimport flash_attn"),
+        ("attention/flash", "from fastscore.attention.dense import attend\nimport flash_attn"),
         ("kernels/answer_nll", "import torch\nfrom fastscore_kernels.answer_nll_reference import answer_nll_reference"),
         ("integrations/ray", "def f():\n    from fastscore import Scorer\n    import ray.data"),
         ("cli", "def f():\n    from fastscore.doctor import doctor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from truth import alone_in, plain_model
 
 from fastscore import Scorer, language_model
 from fastscore.attention import PROVIDERS
+from fastscore.decoder import OwnForward
 from fastscore.types import InputError, Row
 
 Pairs = list[tuple[list[int], list[int]]]
@@ -149,12 +151,12 @@ def test_rows_come_back_before_all_are_read(llama: Path) -> None:
     assert read < 3000
 
 
-def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def out_of_memory_above(limit: int, scorer: Scorer) -> list[int]:
     """Make attention fail as a full device does, for packs of more than ``limit`` tokens; lists what was tried."""
-    from fastscore.attention import sdpa
-
     tried: list[int] = []
-    real = sdpa.attend
+    model = scorer.load()
+    assert isinstance(model.forward, OwnForward)
+    real = model.forward.attend
 
     def attend(query_THd: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         tried.append(len(query_THd))
@@ -162,7 +164,7 @@ def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return real(query_THd, *args, **options)
 
-    monkeypatch.setattr(sdpa, "attend", attend)
+    model.forward = replace(model.forward, attend=attend)
     return tried
 
 
@@ -175,13 +177,12 @@ def long_pairs() -> Pairs:
 def test_out_of_memory_halves_the_budget_and_goes_on(
     llama: Path,
     truth: Callable[[Pairs], list[list[float]]],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     scorer = scorer_of(llama, max_batch_tokens=400)
     scorer.load()
     caplog.clear()
-    tried = out_of_memory_above(70, monkeypatch)
+    tried = out_of_memory_above(70, scorer)
     with caplog.at_level(logging.WARNING, "fastscore"):
         check(scorer, long_pairs(), truth)
     assert max(tried) > 70, "it did fail"
@@ -194,10 +195,9 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
     assert max(tried) <= 70, "what was learned is kept"
 
 
-def test_out_of_memory_at_the_smallest_budget_ends_the_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_at_the_smallest_budget_ends_the_run(llama: Path) -> None:
     scorer = scorer_of(llama)
-    scorer.load()
-    tried = out_of_memory_above(0, monkeypatch)
+    tried = out_of_memory_above(0, scorer)
     with pytest.raises(torch.OutOfMemoryError):
         scorer.score_tokens(long_pairs())
     assert min(tried) <= language_model.SMALLEST_BUDGET
@@ -205,7 +205,7 @@ def test_out_of_memory_at_the_smallest_budget_ends_the_run(llama: Path, monkeypa
 
 def test_provider_by_name(llama: Path) -> None:
     assert scorer_of(llama, attention="reference").describe()["attention"] == "reference"
-    assert scorer_of(llama).describe()["attention"] == "sdpa"
+    assert scorer_of(llama).describe()["attention"] == "dense"
     assert scorer_of(llama, deterministic=True).describe()["attention"] == "blocked"
     with pytest.raises(InputError, match="'flash-attn-2' cannot be used: it runs on CUDA, not on cpu"):
         scorer_of(llama, attention="flash-attn-2").load()
@@ -214,15 +214,15 @@ def test_provider_by_name(llama: Path) -> None:
 def test_a_provider_that_is_wrong_is_passed_over(
     llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fastscore.attention import sdpa
+    from fastscore.attention import dense
 
-    real = sdpa.attend
-    monkeypatch.setattr(sdpa, "attend", lambda *args, **options: 1.1 * real(*args, **options))
+    real = dense.attend
+    monkeypatch.setattr(dense, "attend", lambda *args, **options: 1.1 * real(*args, **options))
     with caplog.at_level(logging.WARNING, "fastscore"):
         assert scorer_of(llama).describe()["attention"] == "reference"
-    assert "attention by sdpa passed over: it is wrong" in caplog.text
-    with pytest.raises(InputError, match="'sdpa' cannot be used: it is wrong"):
-        scorer_of(llama, attention="sdpa").load()
+    assert "attention by dense passed over: it is wrong" in caplog.text
+    with pytest.raises(InputError, match="'dense' cannot be used: it is wrong"):
+        scorer_of(llama, attention="dense").load()
 
 
 def test_deterministic_needs_packs(tmp_path: Path) -> None:

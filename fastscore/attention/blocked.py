@@ -37,7 +37,7 @@ def attend(
     query_THd, key_TKd, value_TKd = (
         torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)) for t in (query_THd, key_TKd, value_TKd)
     )
-    out_THd = query_THd.new_zeros(query_THd.shape[0], num_heads, value_TKd.shape[2])
+    out_THd = value_TKd.new_zeros(query_THd.shape[0], num_heads, value_TKd.shape[2])
     for position, query_rows_q, key_rows_k in _blocks(pack, query_THd.device):
         query_position_q = position + torch.arange(BLOCK, device=query_THd.device)[:, None]
         key_position_k = torch.arange(len(key_rows_k), device=query_THd.device)

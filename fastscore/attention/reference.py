@@ -23,7 +23,7 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal attention of each segment to its chain, queries aligned to the end of the keys (bottom-right)."""
-    out_THd = query_THd.new_zeros(query_THd.shape[0], query_THd.shape[1], value_TKd.shape[2])
+    out_THd = value_TKd.new_zeros(query_THd.shape[0], query_THd.shape[1], value_TKd.shape[2])
     for first, last, rows_k in _segments(pack, query_THd.device):
         out_THd[first:last] = attend_segment(
             query_THd[first:last], key_TKd[rows_k], value_TKd[rows_k], scaling, sliding_window, softcap, sinks

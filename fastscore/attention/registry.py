@@ -54,12 +54,14 @@ class AttentionNeeds:
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A way to compute varlen attention. ``unusable`` says why it cannot serve ("" when it can)."""
+    """A way to compute varlen attention. ``unusable`` says why it cannot serve ("" when it can); ``wide``: it takes
+    queries and keys in fp32 beside values of lower precision."""
 
     name: str
     module: str
     description: str
     unusable: Callable[[AttentionNeeds], str]
+    wide: bool = False
 
     def load(self) -> Attend:
         attend: Attend = import_module(self.module).attend
@@ -89,14 +91,10 @@ def _torch_varlen_unusable(needs: AttentionNeeds) -> str:
     )
 
 
-def _sdpa_unusable(needs: AttentionNeeds) -> str:
+def _dense_unusable(needs: AttentionNeeds) -> str:
     if needs.deterministic:
         return "its sums depend on what else is in the pack"
-    if needs.device_type != "cpu":
-        return "it is made for CPUs"
-    if needs.softcap:
-        return "it has no soft cap"
-    return "keys and values differ in head size" if needs.head_size != needs.value_head_size else ""
+    return "" if needs.device_type == "cpu" else "it is made for CPUs"
 
 
 def _blocked_unusable(needs: AttentionNeeds) -> str:
@@ -161,22 +159,25 @@ PROVIDERS: dict[str, Provider] = {
             _torch_varlen_unusable,
         ),
         Provider(
-            "sdpa",
-            "fastscore.attention.sdpa",
-            "torch's scaled_dot_product_attention, neighbouring segments in one masked call",
-            _sdpa_unusable,
+            "dense",
+            "fastscore.attention.dense",
+            "matrix products over neighbouring segments together, with a mask",
+            _dense_unusable,
+            wide=True,
         ),
         Provider(
             "blocked",
             "fastscore.attention.blocked",
             "blocks of fixed shape at fixed positions: the same sums whatever is in the pack",
             _blocked_unusable,
+            wide=True,
         ),
         Provider(
             "reference",
             "fastscore.attention.reference",
             "plain PyTorch, one segment at a time; every option",
             _reference_unusable,
+            wide=True,
         ),
     )
 }

@@ -19,26 +19,28 @@ import torch
 from fastscore.types import PackedBatch
 
 CALL_SCORES = 4096
-"""What one more call costs, in scores of all heads. With SmolLM2 on AMX cores, 2048 to 8192 measure the same."""
+"""What one more span costs, in scores of all heads."""
 COPY_SCORES = 16
 """What copying one key and its value costs, in the same unit."""
-MAX_SCORES = 1 << 22
-"""Entries of one mask: bounds its memory."""
-MIN_ROWS = 64
-"""Queries of a call that are kept together even where that mask is larger."""
+MAX_SCORES = 1 << 20
+"""Scores of a call, all heads together: about what stays in cache between the passes over them."""
+MIN_ROWS = 32
+"""Queries of a span that are kept together even where their scores are more."""
+ROWS = 48
+"""Queries of a span, about: fewer leave out more of what causality hides, and make smaller products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """Queries ``first_q:last_q`` against the keys of ``key_runs``, runs ``start:stop`` of the key space.
 
-    mask_11qk: 0 or -inf; None where the keys are the queries' own tokens and plain causal attention does it.
+    mask_qk: 0 where a query sees a key, otherwise -inf.
     """
 
     first_q: int
     last_q: int
     key_runs: tuple[tuple[int, int], ...]
-    mask_11qk: torch.Tensor | None
+    mask_qk: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,15 @@ class _Segment:
         return self.num_q * (self.num_chain + self.num_q)
 
 
-def split_spans(pack: PackedBatch, window: int | None, dtype: torch.dtype) -> list[Span]:
-    """All segments of the pack, in order. A sliding ``window`` counts the query's own token."""
+def split_spans(pack: PackedBatch, window: int | None, num_heads: int, dtype: torch.dtype) -> list[Span]:
+    """All segments of the pack, in order; masks of that dtype. A sliding ``window`` counts the query's own token."""
     spans: list[Span] = []
-    for group in _groups(_segments(pack)):
+    max_scores = MAX_SCORES // num_heads
+    for group in _groups(_segments(pack), max_scores):
         if len(group) == 1:
-            spans += _alone(group[0], pack.num_carried, window, dtype)
+            spans += _alone(group[0], pack.num_carried, window, max_scores, dtype)
         else:
-            spans.append(_together(group, pack.num_carried, window, dtype))
+            spans += _together(group, pack.num_carried, window, max_scores, dtype)
     return spans
 
 
@@ -85,7 +88,7 @@ def _segments(pack: PackedBatch) -> Iterator[_Segment]:
         yield _Segment(first_q, last_q, tuple(chain), sum(length for _, length in chain))
 
 
-def _groups(segments: Iterator[_Segment]) -> Iterator[list[_Segment]]:
+def _groups(segments: Iterator[_Segment], max_scores: int) -> Iterator[list[_Segment]]:
     group: list[_Segment] = []
     needed = 0
     for segment in segments:
@@ -93,7 +96,7 @@ def _groups(segments: Iterator[_Segment]) -> Iterator[list[_Segment]]:
             num_q = segment.last_q - group[0].first_q
             scores = num_q * (group[0].num_chain + num_q)
             wasted = scores - needed - segment.scores
-            if wasted <= CALL_SCORES + COPY_SCORES * segment.num_chain and scores <= MAX_SCORES:
+            if wasted <= CALL_SCORES + COPY_SCORES * segment.num_chain and scores <= max_scores:
                 group.append(segment)
                 needed += segment.scores
                 continue
@@ -103,14 +106,12 @@ def _groups(segments: Iterator[_Segment]) -> Iterator[list[_Segment]]:
         yield group
 
 
-def _alone(segment: _Segment, num_carried: int, window: int | None, dtype: torch.dtype) -> Iterator[Span]:
+def _alone(
+    segment: _Segment, num_carried: int, window: int | None, max_scores: int, dtype: torch.dtype
+) -> Iterator[Span]:
     """One segment, a long one in several spans that share a mask: aligned to its lower right corner, all are alike."""
     first_q, num_q, num_k = segment.first_q, segment.num_q, segment.num_chain + segment.num_q
-    if window is None and not segment.num_chain:
-        own = (num_carried + first_q, num_carried + segment.last_q)
-        yield Span(first_q, segment.last_q, (own,), None)
-        return
-    rows = min(num_q, max(MIN_ROWS, MAX_SCORES // num_k))
+    rows = _rows(num_q, num_k, max_scores)
     after_qk = np.arange(num_k) - np.arange(num_k - rows, num_k)[:, None]
     mask_qk = _mask(after_qk <= 0 if window is None else (after_qk <= 0) & (after_qk > -window), dtype)
     for start in range(0, num_q, rows):
@@ -121,13 +122,15 @@ def _alone(segment: _Segment, num_carried: int, window: int | None, dtype: torch
             first_q + start,
             first_q + stop,
             _key_runs(segment.chain, num_carried + first_q, stop, unseen),
-            mask_qk[rows - (stop - start) :, num_k - seen_k + unseen :][None, None],
+            mask_qk[rows - (stop - start) :, num_k - seen_k + unseen :],
         )
 
 
-def _together(group: list[_Segment], num_carried: int, window: int | None, dtype: torch.dtype) -> Span:
-    first, last = group[0], group[-1]
-    start_q, num_q = first.first_q, last.last_q - first.first_q
+def _together(
+    group: list[_Segment], num_carried: int, window: int | None, max_scores: int, dtype: torch.dtype
+) -> Iterator[Span]:
+    first = group[0]
+    start_q, num_q = first.first_q, group[-1].last_q - first.first_q
     own_k = num_carried + start_q  # where the span's own tokens begin in the key space
     seen_qk = np.zeros((num_q, first.num_chain + num_q), dtype=bool)
     for segment in group:
@@ -149,8 +152,19 @@ def _together(group: list[_Segment], num_carried: int, window: int | None, dtype
         position_k = np.concatenate([np.arange(first.num_chain), position_q])
         seen_qk &= position_k > position_q[:, None] - window
         unseen = min(first.num_chain, max(0, int(position_q.min()) - window + 1))
-    runs = _key_runs(first.chain, own_k, num_q, unseen)
-    return Span(start_q, last.last_q, runs, _mask(seen_qk[:, unseen:], dtype)[None, None])
+    mask_qk = _mask(seen_qk, dtype)
+    rows = _rows(num_q, seen_qk.shape[1], max_scores)
+    for start in range(0, num_q, rows):
+        stop = min(num_q, start + rows)
+        runs = _key_runs(first.chain, own_k, stop, unseen)
+        yield Span(start_q + start, start_q + stop, runs, mask_qk[start:stop, unseen : first.num_chain + stop])
+
+
+def _rows(num_q: int, num_k: int, max_scores: int) -> int:
+    """Queries of each span that a run of them is cut into, evenly."""
+    largest = max(MIN_ROWS, max_scores // num_k)
+    calls = max(1, round(num_q / ROWS), -(-num_q // largest))
+    return -(-num_q // calls)
 
 
 def _key_runs(

@@ -1,0 +1,9 @@
+"""A decoder's forward pass over packs, for the families whose layers are alike; :mod:`.weights` says which."""
+
+from __future__ import annotations
+
+from fastscore.decoder.forward import OwnForward
+from fastscore.decoder.operators import choose_operators
+from fastscore.decoder.weights import read_decoder
+
+__all__ = ["OwnForward", "choose_operators", "read_decoder"]

@@ -1,0 +1,218 @@
+"""The work between a decoder's products, in plain PyTorch; and what can be fused with a product, or with itself.
+
+Shapes: T tokens, D hidden, h heads (queries' and keys' together), H query heads, d head size, r the part of it that
+turns, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastscore.decoder.weights import Decoder, Linear, Norm
+
+
+class Table(NamedTuple):
+    """Cosines and sines ``[T, 1, r]`` of every token's position, fp32; the two halves of r are alike."""
+
+    cos_T1r: torch.Tensor
+    sin_T1r: torch.Tensor
+
+
+class Operators:
+    """Plain PyTorch, for every device and dtype.
+
+    residual_dtype: of the residual stream.
+    wide: whether attention takes queries and keys in fp32, as they come from their rotation.
+    """
+
+    description = "plain PyTorch"
+
+    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
+        self.residual_dtype = residual_dtype
+        self._wide = wide
+
+    def prepare(self, decoder: Decoder) -> Decoder:
+        """The decoder with its weights as these operators want them."""
+        return decoder
+
+    def embed(self, decoder: Decoder, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Embeddings in the residual's dtype."""
+        hidden_TD: torch.Tensor = decoder.embedding(token_ids_T)
+        if decoder.embedding_scale != 1.0:
+            hidden_TD = hidden_TD * decoder.embedding_scale
+        # A copy, even where the dtype stays: the residual is added to in place.
+        return hidden_TD.to(self.residual_dtype, copy=True)
+
+    def rotary_tables(self, decoder: Decoder, position_ids_T: torch.Tensor) -> dict[str, Table]:
+        """By the model's own module, which knows every way of stretching positions; asked in fp32."""
+        like = torch.empty(0, dtype=torch.float32, device=position_ids_T.device)
+        tables = {}
+        for name in decoder.rotary_types:
+            cos_1Tr, sin_1Tr = decoder.rotary_emb(like, position_ids_T[None], *([name] if name else []))
+            tables[name] = Table(cos_1Tr[0, :, None], sin_1Tr[0, :, None])
+        return tables
+
+    def norm(self, hidden_TD: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+        """RMSNorm in fp32, rounded once."""
+        return rms_norm(hidden_TD, norm.weight, norm.eps).to(dtype)
+
+    def linear(self, hidden_TD: torch.Tensor, linear: Linear) -> torch.Tensor:
+        return F.linear(hidden_TD, linear.weight, linear.bias)
+
+    def rotate(
+        self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None
+    ) -> torch.Tensor:
+        """Queries (the first ``num_heads``) and keys, normed where the family does, turned by their positions."""
+        turned_Thd = heads_Thd.float()
+        if norms is not None:
+            parts = (turned_Thd[:, :num_heads], turned_Thd[:, num_heads:])
+            normed = [rms_norm(part, norm.weight, norm.eps) for part, norm in zip(parts, norms, strict=True)]
+            turned_Thd = torch.cat(normed, dim=1)
+        if table is not None:
+            turned_Thd = turn(turned_Thd, *table)
+        return turned_Thd if self._wide else turned_Thd.to(heads_Thd.dtype)
+
+    def gated(self, hidden_TD: torch.Tensor, gate_up: Linear, activation: str) -> torch.Tensor:
+        """``activation(gate) * up``, ``[T, F]``."""
+        return gate(self.linear(hidden_TD, gate_up), activation)
+
+    def add(self, residual_TD: torch.Tensor, delta_TD: torch.Tensor, norm: Norm | None, scale: float) -> torch.Tensor:
+        """The residual with ``scale * norm(delta)`` added, in place."""
+        if norm is not None:
+            delta_TD = rms_norm(delta_TD, norm.weight, norm.eps)
+        return residual_TD.add_(delta_TD, alpha=scale)
+
+
+class PackedOperators(Operators):
+    """bf16 on a CPU: weights in oneDNN's own layout, and the activation and the product with the gate applied to sums
+    that are still in fp32."""
+
+    description = "weights packed by oneDNN"
+
+    def prepare(self, decoder: Decoder) -> Decoder:
+        layers = [
+            replace(
+                layer,
+                qkv=_packed(layer.qkv),
+                output=_packed(layer.output),
+                gate_up=_packed(layer.gate_up, parts=2),
+                down=_packed(layer.down),
+            )
+            for layer in decoder.layers
+        ]
+        return replace(decoder, layers=tuple(layers))
+
+    def norm(self, hidden_TD: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+        # PyTorch's RMSNorm writes the squares to memory before it sums them; its norm of a row does not.
+        hidden_TD = hidden_TD.float()
+        rms_T1 = torch.linalg.vector_norm(hidden_TD, dim=1, keepdim=True) * hidden_TD.shape[1] ** -0.5
+        return (hidden_TD * rms_T1.square_().add_(norm.eps).rsqrt_()).mul_(norm.weight).to(dtype)
+
+    def linear(self, hidden_TD: torch.Tensor, linear: Linear) -> torch.Tensor:
+        out_TD: torch.Tensor = _pointwise()(hidden_TD, linear.packed[0], linear.bias, "none", [], "")
+        return out_TD
+
+    def gated(self, hidden_TD: torch.Tensor, gate_up: Linear, activation: str) -> torch.Tensor:
+        name, algorithm = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none")}[activation]
+        gate_FD, up_FD = gate_up.packed
+        gate_F, up_F = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
+        gate_TF = _pointwise()(hidden_TD, gate_FD, gate_F, name, [], algorithm)
+        gated_TF: torch.Tensor = _pointwise().binary(hidden_TD, gate_TF, up_FD, up_F, "mul")
+        return gated_TF
+
+
+class CompiledOperators(Operators):
+    """The plain functions through ``torch.compile``: one kernel for each, whatever the number of tokens."""
+
+    description = "compiled"
+
+    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
+        super().__init__(residual_dtype, wide)
+        self._norm, self._gate = _compiled(_rounded_norm), _compiled(gate)
+        self._turn = _compiled(_rounded_turn)
+
+    def norm(self, hidden_TD: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+        return self._norm(hidden_TD, norm.weight, norm.eps, dtype)
+
+    def rotate(
+        self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None
+    ) -> torch.Tensor:
+        if norms is not None or table is None:
+            return super().rotate(heads_Thd, num_heads, norms, table)
+        return self._turn(heads_Thd, *table, torch.float32 if self._wide else heads_Thd.dtype)
+
+    def gated(self, hidden_TD: torch.Tensor, gate_up: Linear, activation: str) -> torch.Tensor:
+        return self._gate(self.linear(hidden_TD, gate_up), activation)
+
+
+def rms_norm(hidden_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Over the last dimension; in fp32 whatever comes in."""
+    return F.rms_norm(hidden_TD.float(), weight.shape, weight, eps)
+
+
+def turn(heads_Thd: torch.Tensor, cos_T1r: torch.Tensor, sin_T1r: torch.Tensor) -> torch.Tensor:
+    """The first r entries of every head turned, each of the first half together with its fellow in the second; fp32."""
+    size = cos_T1r.shape[2]
+    half = size // 2
+    turning_Thr = heads_Thd[..., :size].float()
+    turned_Thr = turning_Thr * cos_T1r
+    turned_Thr[..., :half].addcmul_(turning_Thr[..., half:], sin_T1r[..., :half], value=-1)
+    turned_Thr[..., half:].addcmul_(turning_Thr[..., :half], sin_T1r[..., half:])
+    if size == heads_Thd.shape[2]:
+        return turned_Thr
+    return torch.cat([turned_Thr, heads_Thd[..., size:].float()], dim=2)
+
+
+def gate(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
+    """``activation(gate) * up`` in the dtype of its input."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=1)
+    if activation == "silu":
+        return F.silu(gate_TF) * up_TF
+    return F.gelu(gate_TF, approximate="tanh" if activation == "gelu_tanh" else "none") * up_TF
+
+
+def choose_operators(
+    device: torch.device, dtype: torch.dtype, residual_dtype: torch.dtype, *, wide: bool, compiled: bool
+) -> Operators:
+    """What is fastest on that device. ``compiled`` takes torch.compile."""
+    if compiled:
+        return CompiledOperators(residual_dtype, wide)
+    if device.type == "cpu" and dtype == torch.bfloat16 and packing_works():
+        return PackedOperators(residual_dtype, wide)
+    return Operators(residual_dtype, wide)
+
+
+def packing_works() -> bool:
+    """Whether this PyTorch has oneDNN's layout for bf16 weights."""
+    return bool(torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+
+
+def _packed(linear: Linear, parts: int = 1) -> Linear:
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return replace(linear, packed=tuple(reorder(part.contiguous()) for part in linear.weight.chunk(parts)))
+
+
+def _pointwise() -> Any:
+    """A product with something applied to it. Private in PyTorch: what its own compiler calls on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise
+
+
+def _rounded_norm(hidden_TD: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    return rms_norm(hidden_TD, weight, eps).to(dtype)
+
+
+def _rounded_turn(
+    heads_Thd: torch.Tensor, cos_T1r: torch.Tensor, sin_T1r: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return turn(heads_Thd, cos_T1r, sin_T1r).to(dtype)
+
+
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    # Sizes differ from pack to pack: one kernel for all of them.
+    compiled: Callable[..., torch.Tensor] = torch.compile(function, dynamic=True)
+    return compiled

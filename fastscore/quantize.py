@@ -1,0 +1,53 @@
+"""Linear layers in eight bits, by torchao: weights quantised once, activations at every product, a scale for each row.
+
+The LM head and the embeddings stay as they are. What it costs in fidelity is measured by ``bench/fidelity.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fastscore.types import InputError
+
+FP8_CAPABILITY = (8, 9)
+"""The first CUDA devices that multiply fp8."""
+
+
+def quantize_linears(model: PreTrainedModel, how: str) -> None:
+    """Quantise the model in place.
+
+    Args:
+        model: in bf16 or fp16, where it is to run.
+        how: ``int8`` or ``fp8``.
+
+    Raises:
+        InputError: torchao is missing, or the model's dtype or device does not allow it.
+    """
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        raise InputError(f"quantize {how} needs a model in bf16 or fp16; this one is in {model.dtype} (--dtype bf16)")
+    if how == "fp8" and not _multiplies_fp8(model.device):
+        raise InputError(f"quantize fp8 needs a CUDA device of capability 8.9 or newer, not {model.device}")
+    config, quantize_ = _torchao(how)
+    head = model.get_output_embeddings()
+    quantize_(model, config, filter_fn=lambda module, _: isinstance(module, torch.nn.Linear) and module is not head)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def _torchao(how: str) -> tuple[Any, Any]:
+    try:
+        with warnings.catch_warnings():  # about CUDA libraries that a CPU has no use for
+            warnings.simplefilter("ignore")
+            from torchao import quantization
+    except ImportError as error:
+        raise InputError("--quantize needs the torchao package: pip install 'fastscore[quantize]'") from error
+    if how == "int8":
+        return quantization.Int8DynamicActivationInt8WeightConfig(), quantization.quantize_
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    return config, quantization.quantize_

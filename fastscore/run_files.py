@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from itertools import chain
@@ -185,9 +186,11 @@ def _run_job(job: FileJob, scorer: Any, task_config: TaskConfig, reporter: Repor
     with RowWriter(job.output) as out, BadRows(job.errors) as bad:
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
-        for scored in scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress):
-            out.write(output_row(scored.row, task_config, scored.teacher_scores))
-            tally.count(scored)
+        stream = scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
+        with closing(stream):  # it may read in a thread of its own, which must not outlast the files
+            for scored in stream:
+                out.write(output_row(scored.row, task_config, scored.teacher_scores))
+                tally.count(scored)
     scorer.stats.flush_padded()
     tally.skipped = bad.count
     tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})

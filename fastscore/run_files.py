@@ -76,7 +76,7 @@ def plan_jobs(inputs: Sequence[Path], output: Path | None, save_name: str) -> li
         InputError: an input that is no regular file, an output that would replace an input or another output.
     """
     for path in inputs:
-        _check_readable_twice(path)
+        check_readable_twice(path)
     if output is not None:
         jobs = [FileJob(tuple(inputs), output)]
     else:
@@ -114,7 +114,8 @@ def run_files(
     for job in jobs:
         for path in (job.output, job.errors, job.meta):
             _check_writable(path)
-    total_pairs = _check_rows(jobs, task_config, reporter, skip_bad_rows, on_row)
+    inputs = [path for job in jobs for path in job.inputs]
+    total_pairs = check_rows(inputs, task_config, reporter, skip_bad_rows, on_row)
 
     reporter.scoring(total_pairs)
 
@@ -146,21 +147,25 @@ def run_files(
     return total
 
 
-def _check_rows(
-    jobs: Sequence[FileJob],
+def check_rows(
+    inputs: Sequence[Path],
     task_config: TaskConfig,
     reporter: Reporter,
-    skip_bad_rows: bool,
-    on_row: Callable[[Row], None] | None,
+    skip_bad_rows: bool = False,
+    on_row: Callable[[Row], None] | None = None,
 ) -> int:
-    """The first pass: the number of pairs in all inputs."""
+    """The first pass: the number of pairs in all inputs. It needs no model, and no torch.
+
+    Raises:
+        InputError: a bad row, where they are not skipped; no row that can be scored.
+    """
     pairs = rows = 0
     bad: list[InputError] = []
 
     def on_error(error: InputError, _: str | None) -> None:
         bad.append(error)
 
-    for path in chain.from_iterable(job.inputs for job in jobs):
+    for path in inputs:
         for row in read_rows(path, on_error if skip_bad_rows else None):
             try:
                 pairs += validate_row(row, task_config)
@@ -243,7 +248,8 @@ def _check_writable(path: Path) -> None:
         return
 
 
-def _check_readable_twice(path: Path) -> None:
+def check_readable_twice(path: Path) -> None:
+    """Raise InputError for what is there and is no regular file."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # reading it says what is wrong

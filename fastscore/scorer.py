@@ -166,13 +166,14 @@ class Scorer:
         """
         return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs])
 
-    def score_requests(self, requests: Sequence[ScoringRequest]) -> list[AnswerScore]:
-        """Score requests that were tokenised before.
+    def score_requests(self, requests: Sequence[ScoringRequest], plan: Plan | None = None) -> list[AnswerScore]:
+        """Score requests that were tokenised before, and planned where ``plan`` is given.
 
         Raises:
             RuntimeError: a score that is no number.
         """
-        return Launch(self._model, self._model.plan(requests), requests, self.stats).scores("pair {}".format)
+        plan = self._model.plan(requests) if plan is None else plan
+        return Launch(self._model, plan, requests, self.stats).scores("pair {}".format)
 
     def score_rows(
         self,

@@ -21,7 +21,8 @@ from truth import alone
 
 from fastscore import __version__
 from fastscore.cli import main
-from fastscore.cli_score import file_safe, unescape
+from fastscore.cli_options import unescape
+from fastscore.cli_score import file_safe
 
 ROWS: list[dict[str, Any]] = [
     {

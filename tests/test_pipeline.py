@@ -180,7 +180,7 @@ def test_leaving_early_ends_the_thread(llama: Path, beside: None) -> None:
     assert len(threads()) == 1
     stream.close()
     assert threads() == []
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
         for _ in scorer.stream_rows(endless(), CHOICES):
             1 / 0  # noqa: B018
     assert threads() == []
@@ -223,8 +223,7 @@ def test_the_first_window_is_prepared_while_the_model_is_loaded(
     read = threading.Event()
 
     def source() -> Iterator[Row]:
-        for row in rows():
-            yield row
+        yield from rows()
         read.set()
 
     def load(*args: Any) -> Any:

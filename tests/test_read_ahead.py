@@ -114,7 +114,7 @@ def test_leaving_early_stops_the_source() -> None:
         assert next(iter(items)) == 10
     wait_until(closed.is_set, "the source's own clean-up has run")
 
-    with pytest.raises(ZeroDivisionError), ReadAhead(make) as items:
+    with pytest.raises(ZeroDivisionError), ReadAhead(make) as items:  # noqa: PT012
         for _ in items:
             1 / 0  # noqa: B018
 

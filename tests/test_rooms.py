@@ -50,6 +50,7 @@ ROOMS: dict[str, Room] = {
     "prefix_tree": room(1, "types ranges", frozenset({"numpy"})),
     "packing": room(1, "types ranges prefix_tree", frozenset({"numpy", "torch"})),
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
+    "sampling": room(1, "types"),
     "windows": room(1, "types config tasks tokenization"),
     "cache": room(1, "types"),
     "attention/": room(
@@ -82,21 +83,23 @@ ROOMS |= {
     "__init__": room(4, "scorer types"),
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types", TERMINAL),
+    "estimate": room(4, f"{_EDGE} run_files", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "ray"}),
     "report/": room(4, _EDGE, frozenset({"rich"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-ROOMS["cli_score"] = room(4, " ".join(ROOMS), TERMINAL)
+for _name in ("cli_options", "cli_score", "cli_bench"):
+    ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli"] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["__main__"] = room(4, "cli")
 
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/", "report/")
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-LIGHT = ("__main__", "__init__", "cli", "cli_score", "types", "config")
-LIGHT_IMPORTS = frozenset({"__init__", "cli", "cli_score", "types", "config", "typer", "rich"})
+LIGHT = ("__main__", "__init__", "cli", "cli_options", "cli_score", "cli_bench", "types", "config")
+LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 
 @dataclass(frozen=True)

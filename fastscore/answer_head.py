@@ -11,6 +11,7 @@ from fastscore_kernels.answer_nll import answer_nll
 
 from fastscore.lm_head import LMHead
 from fastscore.ranges import Ints
+from fastscore.transfer import HostCopy, to_device
 from fastscore.types import Batch
 
 ROWS_PER_CALL = 1024
@@ -19,8 +20,26 @@ MAX_TARGETS = 8
 """A row with more targets is given to the head again."""
 
 
+class SlotScores:
+    """NLL in nats (fp32) of every slot, and whether its target is the model's own first choice; on their way here."""
+
+    def __init__(self, num_slots: int, slots: list[Ints], nll: list[torch.Tensor], greedy: list[torch.Tensor]) -> None:
+        self._num_slots = num_slots
+        self._slots = slots
+        self._copy = HostCopy([torch.cat(nll), torch.cat(greedy)]) if nll else None
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both arrays, as soon as the device is done."""
+        nll_Q = np.full(self._num_slots, np.nan, dtype=np.float32)
+        greedy_Q = np.zeros(self._num_slots, dtype=bool)
+        if self._copy is not None:
+            slots = np.concatenate(self._slots)
+            nll_Q[slots], greedy_Q[slots] = self._copy.wait()
+        return nll_Q, greedy_Q
+
+
 class AnswerHead:
-    """Collects answer rows and turns them into the NLL of every slot. Nothing waits for the device before the end."""
+    """Collects answer rows and turns them into the NLL of every slot. Nothing here waits for the device."""
 
     def __init__(self, head: LMHead, num_slots: int, *, fixed_rows: bool = False) -> None:
         """``fixed_rows`` makes every call the same size, filled up with zeros, so that no score depends on the size."""
@@ -45,16 +64,10 @@ class AnswerHead:
         if self._num_rows >= ROWS_PER_CALL:
             self._flush()
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """NLL in nats (fp32), and whether the target is the model's own first choice, of every slot."""
+    def finish(self) -> SlotScores:
+        """Compute what is left and send everything on its way to the host."""
         self._flush()
-        nll_Q = np.full(self._num_slots, np.nan, dtype=np.float32)
-        greedy_Q = np.zeros(self._num_slots, dtype=bool)
-        if self._slots:
-            slots = np.concatenate(self._slots)
-            nll_Q[slots] = torch.cat(self._nll).cpu().numpy()
-            greedy_Q[slots] = torch.cat(self._greedy).cpu().numpy()
-        return nll_Q, greedy_Q
+        return SlotScores(self._num_slots, self._slots, self._nll, self._greedy)
 
     def _flush(self) -> None:
         if not self._num_rows:
@@ -71,12 +84,12 @@ class AnswerHead:
         target_AJ = np.repeat(target_Q[first_Q][:, None], int(column_Q.max()) + 1, axis=1)
         target_AJ[line_Q, column_Q] = target_Q
         device = hidden_AD.device
-        line, column = (torch.from_numpy(values).to(device) for values in (line_Q, column_Q))
+        line, column = (to_device(torch.from_numpy(values), device) for values in (line_Q, column_Q))
         if target_AJ.shape != (len(hidden_AD), 1):
-            hidden_AD = hidden_AD[torch.from_numpy(row_Q[first_Q]).to(device)]
-        nll_AJ, top1_A = self._answer_nll(hidden_AD, torch.from_numpy(target_AJ).to(device))
+            hidden_AD = hidden_AD[to_device(torch.from_numpy(row_Q[first_Q]), device)]
+        nll_AJ, top1_A = self._answer_nll(hidden_AD, to_device(torch.from_numpy(target_AJ), device))
         self._nll.append(nll_AJ[line, column])
-        self._greedy.append(top1_A[line] == torch.from_numpy(target_Q).to(device))
+        self._greedy.append(top1_A[line] == to_device(torch.from_numpy(target_Q), device))
 
     def _answer_nll(self, hidden_AD: torch.Tensor, target_AJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._fixed_rows:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fastscore import __version__, cli_score
-from fastscore.cli_score import NO_VALUE
+from fastscore import __version__, cli_bench, cli_score
+from fastscore.cli_options import NO_VALUE
 
 app = typer.Typer(
     name="fastscore",
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("score", epilog=cli_score.EPILOG)(cli_score.score)
+app.command("bench", epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

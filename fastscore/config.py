@@ -15,7 +15,7 @@ Combine = Literal["max", "mean", "logsumexp", "min"]
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_WINDOW_TOKENS = 4_000_000
-"""A usual file whole; about 300 MB of token ids and index arrays."""
+"""A usual file whole; about 300 MB of token ids and index arrays (a GPU's run holds two windows)."""
 TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
 
 

@@ -1,4 +1,4 @@
-"""A loaded model at work: requests in, hidden states of their answer rows out, batch by batch.
+"""A loaded model at work: requests become a plan, and a plan hidden states of answer rows, batch by batch.
 
 Shapes: A answer rows, D hidden, R requests, Q answer slots.
 """
@@ -39,7 +39,20 @@ class Slots:
     offset_R: Ints
 
 
-Work = tuple[Slots, Iterator[tuple[Batch, torch.Tensor]]]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a window of requests asks of a model; made without touching the device, so in any thread.
+
+    num_tokens: input tokens of the model; a prefix that requests of the tree share counts once.
+    tree: the requests that run packed; None when there are none. Their slots come behind those of ``padded``.
+    padded, padded_offset_R: the others, and the first slot of each.
+    """
+
+    slots: Slots
+    num_tokens: int
+    tree: PrefixTree | None
+    padded: Sequence[ScoringRequest]
+    padded_offset_R: Ints
 
 
 @dataclass(slots=True)
@@ -66,48 +79,42 @@ class LanguageModel:
     deterministic: bool = False
     longest_packed: int | None = None
 
-    def run(self, requests: Sequence[ScoringRequest]) -> Work:
-        """Slots of the requests, and batch after batch with the hidden states ``[A, D]`` of its answer rows."""
-        if not requests:
-            return Slots(0, np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)), iter(())
+    def plan(self, requests: Sequence[ScoringRequest]) -> Plan:
+        """Which requests run packed, what they share, and where the NLL of each of their answer tokens is found."""
         if self.mode != "packed":
-            return self._padded(requests)
-        if self.longest_packed is None:
-            return self._packed(requests)
-        is_long = [len(request.token_ids) - 1 > self.longest_packed for request in requests]
-        if not any(is_long):
-            return self._packed(requests)
-        return self._both(requests, np.array(is_long))
-
-    def _packed(self, requests: Sequence[ScoringRequest]) -> Work:
-        tree = build_prefix_tree(requests, share=self.share_prefixes)
-        slots = Slots(len(tree.slot_row_Q), tree.request_slot, tree.request_offset_R)
-        return slots, self._run_packs(tree)
-
-    def _padded(self, requests: Sequence[ScoringRequest]) -> Work:
-        offset_R = slot_offsets(requests)
-        count = int(offset_R[-1])
-        return Slots(count, np.arange(count), offset_R), self._run_padded(requests, offset_R)
-
-    def _both(self, requests: Sequence[ScoringRequest], is_long_R: np.ndarray) -> Work:
-        """Long requests padded and first, the others packed; as one piece of work."""
+            is_padded_R = np.ones(len(requests), dtype=bool)
+        else:
+            longest = self.longest_packed
+            is_padded_R = np.array([longest is not None and len(r.token_ids) - 1 > longest for r in requests], bool)
         offset_R = slot_offsets(requests)
         slot = np.empty(offset_R[-1], dtype=np.int64)
-        count, batches = 0, []
-        for run, places in ((self._padded, np.flatnonzero(is_long_R)), (self._packed, np.flatnonzero(~is_long_R))):
-            if not len(places):
-                continue
-            part, part_batches = run([requests[place] for place in places.tolist()])
-            slot[ranges(offset_R[places], np.diff(offset_R)[places])] = part.slot + count
-            batches.append((count, part_batches))
-            count += part.count
 
-        def chained() -> Iterator[tuple[Batch, torch.Tensor]]:
-            for shift, part_batches in batches:
-                for batch, hidden_AD in part_batches:
-                    yield replace(batch, slot_Q=batch.slot_Q + shift), hidden_AD
+        def place(places: Ints, part: Ints) -> None:
+            slot[ranges(offset_R[places], np.diff(offset_R)[places])] = part
 
-        return Slots(count, slot, offset_R), chained()
+        padded_places, packed_places = np.flatnonzero(is_padded_R), np.flatnonzero(~is_padded_R)
+        padded = [requests[index] for index in padded_places.tolist()]
+        padded_offset_R = slot_offsets(padded)
+        count = int(padded_offset_R[-1])
+        place(padded_places, np.arange(count))
+        unread = 0 if self.mode == "encoder-decoder" else 1  # a causal model's last answer token is only predicted
+        num_tokens = sum(len(request.token_ids) - unread for request in padded)
+        tree = None
+        if len(packed_places):
+            tree = build_prefix_tree([requests[index] for index in packed_places.tolist()], share=self.share_prefixes)
+            place(packed_places, tree.request_slot + count)
+            count += len(tree.slot_row_Q)
+            num_tokens += tree.num_tokens
+        return Plan(Slots(count, slot, offset_R), num_tokens, tree, padded, padded_offset_R)
+
+    def run(self, plan: Plan) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Batch after batch with the hidden states ``[A, D]`` of its answer rows."""
+        if plan.padded:
+            yield from self._run_padded(plan.padded, plan.padded_offset_R)
+        if plan.tree is not None:
+            shift = int(plan.padded_offset_R[-1])
+            for batch, hidden_AD in self._run_packs(plan.tree):
+                yield (replace(batch, slot_Q=batch.slot_Q + shift) if shift else batch), hidden_AD
 
     def _run_packs(self, tree: PrefixTree) -> Iterator[tuple[Batch, torch.Tensor]]:
         """The stream, pack by pack. Out of memory: the budget is halved and the pack cut again from where it began."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from itertools import chain
@@ -75,7 +76,7 @@ def plan_jobs(inputs: Sequence[Path], output: Path | None, save_name: str) -> li
         InputError: an input that is no regular file, an output that would replace an input or another output.
     """
     for path in inputs:
-        _check_readable_twice(path)
+        check_readable_twice(path)
     if output is not None:
         jobs = [FileJob(tuple(inputs), output)]
     else:
@@ -113,7 +114,8 @@ def run_files(
     for job in jobs:
         for path in (job.output, job.errors, job.meta):
             _check_writable(path)
-    total_pairs = _check_rows(jobs, task_config, reporter, skip_bad_rows, on_row)
+    inputs = [path for job in jobs for path in job.inputs]
+    total_pairs = check_rows(inputs, task_config, reporter, skip_bad_rows, on_row)
 
     reporter.scoring(total_pairs)
 
@@ -145,21 +147,25 @@ def run_files(
     return total
 
 
-def _check_rows(
-    jobs: Sequence[FileJob],
+def check_rows(
+    inputs: Sequence[Path],
     task_config: TaskConfig,
     reporter: Reporter,
-    skip_bad_rows: bool,
-    on_row: Callable[[Row], None] | None,
+    skip_bad_rows: bool = False,
+    on_row: Callable[[Row], None] | None = None,
 ) -> int:
-    """The first pass: the number of pairs in all inputs."""
+    """The first pass: the number of pairs in all inputs. It needs no model, and no torch.
+
+    Raises:
+        InputError: a bad row, where they are not skipped; no row that can be scored.
+    """
     pairs = rows = 0
     bad: list[InputError] = []
 
     def on_error(error: InputError, _: str | None) -> None:
         bad.append(error)
 
-    for path in chain.from_iterable(job.inputs for job in jobs):
+    for path in inputs:
         for row in read_rows(path, on_error if skip_bad_rows else None):
             try:
                 pairs += validate_row(row, task_config)
@@ -185,9 +191,11 @@ def _run_job(job: FileJob, scorer: Any, task_config: TaskConfig, reporter: Repor
     with RowWriter(job.output) as out, BadRows(job.errors) as bad:
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
-        for scored in scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress):
-            out.write(output_row(scored.row, task_config, scored.teacher_scores))
-            tally.count(scored)
+        stream = scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
+        with closing(stream):  # it may read in a thread of its own, which must not outlast the files
+            for scored in stream:
+                out.write(output_row(scored.row, task_config, scored.teacher_scores))
+                tally.count(scored)
     scorer.stats.flush_padded()
     tally.skipped = bad.count
     tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})
@@ -240,7 +248,8 @@ def _check_writable(path: Path) -> None:
         return
 
 
-def _check_readable_twice(path: Path) -> None:
+def check_readable_twice(path: Path) -> None:
+    """Raise InputError for what is there and is no regular file."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # reading it says what is wrong

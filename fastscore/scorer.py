@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import time
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,8 +14,7 @@ import transformers
 from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import is_finite, not_finite, split_answers, teacher_scores
-from fastscore.answer_head import AnswerHead
+from fastscore.aggregate import teacher_scores
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -27,26 +25,15 @@ from fastscore.config import (
     ScorerConfig,
     TaskConfig,
 )
-from fastscore.language_model import LanguageModel
+from fastscore.language_model import LanguageModel, Plan
+from fastscore.launch import Launch, Progress
 from fastscore.model_source import resolve_model
-from fastscore.models import load_config, load_model, load_tokenizer, max_context, prepare_model
-from fastscore.tasks import expand_row, output_row
+from fastscore.models import choose_device, load_config, load_model, load_tokenizer, max_context, prepare_model
+from fastscore.pipeline import runs_beside_host, score_beside, score_in_turn
+from fastscore.tasks import output_row
 from fastscore.tokenization import PairTokenizer
-from fastscore.types import (
-    AnswerScore,
-    InputError,
-    Pair,
-    Row,
-    RowPairs,
-    RunStats,
-    ScoredRow,
-    ScoringRequest,
-)
-from fastscore.windows import TOKENISED_PAIRS, EncodedRow, chunks, windows
-
-logger = logging.getLogger("fastscore")
-
-Progress = Callable[[RunStats], None]
+from fastscore.types import AnswerScore, InputError, Pair, Row, RunStats, ScoredRow, ScoringRequest
+from fastscore.windows import OnBadRow, Window, read_windows
 
 
 class Scorer:
@@ -102,6 +89,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
+        self._spare_tokenizers: list[PairTokenizer] = []
         self._pair_tokenizer = PairTokenizer(
             tokenizer,
             vocab_size=hf_config.get_text_config().vocab_size,
@@ -178,6 +166,15 @@ class Scorer:
         """
         return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs])
 
+    def score_requests(self, requests: Sequence[ScoringRequest], plan: Plan | None = None) -> list[AnswerScore]:
+        """Score requests that were tokenised before, and planned where ``plan`` is given.
+
+        Raises:
+            RuntimeError: a score that is no number.
+        """
+        plan = self._model.plan(requests) if plan is None else plan
+        return Launch(self._model, plan, requests, self.stats).scores("pair {}".format)
+
     def score_rows(
         self,
         rows: Iterable[Mapping[str, Any]],
@@ -206,20 +203,40 @@ class Scorer:
         rows: Iterable[Row],
         task_config: TaskConfig,
         *,
-        on_bad_row: Callable[[Row, InputError], None] | None = None,
+        on_bad_row: OnBadRow | None = None,
         on_progress: Progress | None = None,
     ) -> Iterator[ScoredRow]:
         """Score rows as they come, a window at a time, in input order.
 
-        A bad row raises, or is handed to ``on_bad_row`` and left out.
+        A bad row raises, or is handed to ``on_bad_row`` and left out. On any device but a CPU, ``rows`` are read and
+        ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
+        early).
         """
-        for window in windows(self._encoded(rows, task_config, on_bad_row), self.config.window_tokens):
-            together = [request for _, requests in window for request in requests]
-            place = partial(_place, [row_pairs for row_pairs, _ in window])
-            scores = iter(self._score_requests(together, place, on_progress))
-            for row_pairs, requests in window:
-                row_scores = tuple(islice(scores, len(requests)))
-                yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, task_config.combine), row_scores)
+        beside = runs_beside_host(choose_device(self.config.device))
+        tokenizer = self._pair_tokenizer
+        if beside:  # the thread's own: this one is the user's, and its settings change from call to call
+            tokenizer = self._spare_tokenizers.pop() if self._spare_tokenizers else copy.deepcopy(tokenizer)
+
+        def prepare(rows: Iterable[Row], load: Callable[[], LanguageModel]) -> Iterator[tuple[Window, Plan]]:
+            return self._prepare(rows, task_config, on_bad_row, tokenizer, load)
+
+        def launch(window: Window, plan: Plan) -> Launch:
+            return Launch(self._model, plan, window.requests, self.stats, on_progress)
+
+        try:
+            with closing((score_beside if beside else score_in_turn)(rows, prepare, self.load, launch)) as windows:
+                for window, scores in windows:
+                    yield from _scored_rows(window, scores, task_config.combine)
+                    del window, scores  # not in memory while the next are waited for
+        finally:
+            if beside:
+                self._spare_tokenizers.append(tokenizer)
+
+    def plan_windows(
+        self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
+    ) -> Iterator[tuple[Window, Plan]]:
+        """The windows that :meth:`stream_rows` would score, and what each asks of the model. Loads the model."""
+        return self._prepare(rows, task_config, on_bad_row, self._pair_tokenizer, self.load)
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""
@@ -245,30 +262,17 @@ class Scorer:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
-    def _encoded(
-        self, rows: Iterable[Row], config: TaskConfig, on_bad_row: Callable[[Row, InputError], None] | None
-    ) -> Iterator[EncodedRow]:
-        """Rows with the requests of their pairs, tokenised many at a time."""
-        for chunk in chunks(self._expanded(rows, config, on_bad_row), TOKENISED_PAIRS):
-            encoded = iter(self._pair_tokenizer.encode([pair for row_pairs in chunk for pair in row_pairs.pairs]))
-            for row_pairs in chunk:
-                results = list(islice(encoded, len(row_pairs.pairs)))
-                requests = [result for result in results if isinstance(result, ScoringRequest)]
-                if len(requests) == len(results):
-                    yield row_pairs, requests
-                else:
-                    error = next(result for result in results if isinstance(result, InputError))
-                    _report(row_pairs.row, error, on_bad_row)
-
-    def _expanded(
-        self, rows: Iterable[Row], config: TaskConfig, on_bad_row: Callable[[Row, InputError], None] | None
-    ) -> Iterator[RowPairs]:
-        truncate = partial(self._pair_tokenizer.truncate_keys, max_length=config.key_max_length)
-        for row in rows:
-            try:
-                yield expand_row(row, config, truncate)
-            except InputError as error:
-                _report(row, error, on_bad_row)
+    def _prepare(
+        self,
+        rows: Iterable[Row],
+        task_config: TaskConfig,
+        on_bad_row: OnBadRow | None,
+        tokenizer: PairTokenizer,
+        load: Callable[[], LanguageModel],
+    ) -> Iterator[tuple[Window, Plan]]:
+        for window in read_windows(rows, task_config, tokenizer, self.config.window_tokens, on_bad_row):
+            yield window, load().plan(window.requests)
+            del window  # not in memory while the next is read
 
     def _score_pairs(self, pairs: Sequence[Pair]) -> list[AnswerScore]:
         requests: list[ScoringRequest] = []
@@ -276,71 +280,15 @@ class Scorer:
             if isinstance(result, InputError):
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
-        return self._score_requests(requests, "pair {}".format)
-
-    def _score_requests(
-        self,
-        requests: Sequence[ScoringRequest],
-        place: Callable[[int], str],
-        on_progress: Progress | None = None,
-    ) -> list[AnswerScore]:
-        """Scores in the requests' order, every one a number. ``place`` says in an error where a request came from."""
-        scores = self._run(requests, on_progress)
-        bad = [index for index, score in enumerate(scores) if not is_finite(score)]
-        for index in bad:
-            # One that overflows spoils others of its pack (attention masks by zero, and zero times nan is nan).
-            (by_itself,) = self._run([requests[index]], None)
-            if not is_finite(by_itself):
-                raise not_finite(by_itself, place(index))
-        if bad:
-            raise not_finite(scores[bad[0]], place(bad[0]))
-        return scores
-
-    def _run(self, requests: Sequence[ScoringRequest], on_progress: Progress | None) -> list[AnswerScore]:
-        """tokens -> prefix tree -> packs -> hidden states of answer rows -> NLL -> scores, in the requests' order."""
-        model, stats = self._model, self.stats
-        started = time.perf_counter()
-        stats.count_padded([len(request.token_ids) for request in requests])
-        slots, batches = model.run(requests)
-        head = AnswerHead(model.head, slots.count, fixed_rows=model.deterministic)
-        share = len(requests) / max(1, slots.count)
-        done = 0.0
-        for batch, hidden_AD in batches:
-            head.add(batch, hidden_AD)
-            # A request is done with its last answer token; in between, pairs are counted by their share of the slots.
-            done += share * len(batch.slot_Q)
-            stats.tokens_computed += batch.num_tokens
-            stats.packs += 1
-            stats.pack_tokens += max(model.max_batch_tokens, batch.num_tokens)
-            if on_progress is not None:
-                elapsed = stats.seconds + time.perf_counter() - started
-                on_progress(replace(stats, pairs=stats.pairs + int(done), seconds=elapsed))
-        nll_Q, greedy_Q = head.finish()
-        answers = split_answers(nll_Q[slots.slot].tolist(), greedy_Q[slots.slot].tolist(), slots.offset_R.tolist())
-        stats.pairs += len(requests)
-        stats.answer_tokens += len(slots.slot)
-        stats.tokens_unpadded += sum(len(request.token_ids) for request in requests)
-        stats.seconds += time.perf_counter() - started
-        if on_progress is not None:
-            on_progress(replace(stats))
-        return list(answers)
+        return self.score_requests(requests)
 
 
-def _place(rows: Sequence[RowPairs], index: int) -> str:
-    """Where in the input the pair of that index came from."""
-    for row_pairs in rows:
-        if index < len(row_pairs.pairs):
-            return str(row_pairs.row.error(f"candidate {index // row_pairs.num_answers}"))
-        index -= len(row_pairs.pairs)
-    raise IndexError(index)
+def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:
+    remaining = iter(scores)
+    for row_pairs in window.rows:
+        row_scores = tuple(islice(remaining, len(row_pairs.pairs)))
+        yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, combine), row_scores)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:
     return tuple(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)
-
-
-def _report(row: Row, error: InputError, on_bad_row: Callable[[Row, InputError], None] | None) -> None:
-    located = error.at(path=row.path, line=row.line)
-    if on_bad_row is None:
-        raise located
-    on_bad_row(row, located)

@@ -123,6 +123,14 @@ class Terminal:
     def scoring(self, total_pairs: int) -> None:
         self._progress.reset(self._task, total=total_pairs, description="loading the model")
 
+    def preparing(self, pairs: int) -> None:
+        self._progress.update(self._task, completed=pairs, description="pairs tokenised")
+
+    def measuring(self, seconds: float, of_seconds: float) -> None:
+        self._progress.update(
+            self._task, completed=int(seconds), total=max(1, int(of_seconds)), description="seconds measured"
+        )
+
     def progress(self, stats: RunStats) -> None:
         speed = f"{stats.answer_tokens / max(stats.seconds, 1e-9):,.0f} answer tok/s"
         self._progress.update(self._task, completed=stats.pairs, speed=speed, description="pairs")

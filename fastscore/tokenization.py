@@ -65,13 +65,13 @@ class PairTokenizer:
         encodings = self.tokenizer(texts, return_attention_mask=False, verbose=False).encodings
         results: list[ScoringRequest | InputError] = []
         for pair, encoding in zip(pairs, encodings, strict=True):
-            ids, offsets = encoding.ids, encoding.offsets
+            ids = encoding.ids
             first, stop = _without_specials(encoding.special_tokens_mask)
             # A token belongs to the answer when it ends after the answer's first character begins. Only ends are
             # looked at: with trimmed offsets a lone space has zero width, and stands at its end (but at the very
             # beginning of a text it stands at 0, so an empty prompt asks for no offsets).
             start, boundary = stop, len(pair.prompt)
-            while start > first and (boundary == 0 or offsets[start - 1][1] > boundary):
+            while start > first and (boundary == 0 or encoding.token_to_chars(start - 1)[1] > boundary):
                 start -= 1
             results.append(_request(ids[:stop], start))
         return results

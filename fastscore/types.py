@@ -237,8 +237,10 @@ CarriedKeys: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
+    from fastscore.transfer import to_device
+
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if hasattr(getattr(batch, f.name), "is_cuda")}
-    return replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    return replace(batch, **{name: to_device(tensor, device) for name, tensor in tensors.items()})
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from truth import alone
 
 from fastscore import __version__
 from fastscore.cli import main
-from fastscore.cli_score import file_safe, unescape
+from fastscore.cli_options import unescape
+from fastscore.cli_score import file_safe
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -91,18 +92,19 @@ def true_scores(model: Path, row: dict[str, Any]) -> list[float]:
     return [sum(logprobs) / len(logprobs) for logprobs in alone(model, pairs)]
 
 
-def test_help_imports_no_model_library_and_is_quick() -> None:
+@pytest.mark.parametrize("command", [[], ["score"], ["bench"]], ids=" ".join)
+def test_help_imports_no_model_library_and_is_quick(command: list[str]) -> None:
     code = (
         "import sys, time\n"
         "from fastscore.cli import main\n"
-        "try: main(['--help'])\n"
+        f"try: main([*{command}, '--help'])\n"
         "except SystemExit as stopped: print('status', stopped.code)\n"
         "print('heavy', sorted({'torch', 'transformers', 'numpy', 'tokenizers'} & sys.modules.keys()))\n"
         "print('cpu', time.process_time())"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
     out = runs[0].stdout
-    assert "Usage: fastscore" in out
+    assert f"Usage: {' '.join(['fastscore', *command])}" in out
     assert "status 0" in out
     assert "heavy []" in out
     assert min(float(done.stdout.rsplit("cpu ", 1)[1]) for done in runs) < 0.5
@@ -128,6 +130,10 @@ def test_help_of_score_names_every_option() -> None:
     """
     for option in options.split():
         assert f" {option} " in done.stdout, option
+    # bench has the same but for those about what is written.
+    bench = fastscore("bench", "--help").stdout
+    for option in options.replace("--save-name --output", "--seconds --max-rows --json").split():
+        assert f" {option} " in bench, option
     assert "[default: smollm2-135m]" in done.stdout
     assert "fastscore score train.jsonl --task qa" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

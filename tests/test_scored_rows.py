@@ -69,7 +69,7 @@ def test_portions_of_the_tokenizer_change_nothing(
         [score.mean_logprob for score in scorer.score([(row["context"], f" {choice}") for choice in row["choices"]])]
         for row in rows
     ]
-    monkeypatch.setattr("fastscore.scorer.TOKENISED_PAIRS", pairs_at_a_time)
+    monkeypatch.setattr("fastscore.windows.TOKENISED_PAIRS", pairs_at_a_time)
     found = scorer.score_rows(rows, "choices")
     assert [len(row["teacher_scores"]) for row in found] == [len(row["choices"]) for row in rows]
     for row, scores in zip(found, expected, strict=True):
@@ -77,7 +77,7 @@ def test_portions_of_the_tokenizer_change_nothing(
 
 
 def test_bad_rows_are_handed_over_and_the_others_scored(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastscore.scorer.TOKENISED_PAIRS", 3)
+    monkeypatch.setattr("fastscore.windows.TOKENISED_PAIRS", 3)
     scorer = Scorer(str(llama), dtype="fp32", window_tokens=30)
     good = {"context": "b", "choices": ["c", "d"]}
     bad = {

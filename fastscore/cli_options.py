@@ -1,0 +1,209 @@
+"""Options that several commands have, each declared once, and the configs they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from fastscore.config import TASKS, Answers, Combine, DType, ScorerConfig, TaskConfig
+from fastscore.types import InputError
+
+FILES, MODEL, TASK, RUNNING = "Input and output", "Model", "Task", "Running"
+ON_ERROR = ("fail", "skip")
+
+NO_VALUE = " "
+"""Flags take no value, so help shows none."""
+
+
+def _choices(literal: Any) -> str:
+    *others, last = get_args(literal)
+    return f"{', '.join(others)} or {last}"
+
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="INPUT", help="JSON Lines files or JSON arrays of rows, plain or gzip.", show_default=False),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Hugging Face id, folder, .gguf file, or smollm2-135m (embedded).",
+        rich_help_panel=MODEL,
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="LoRA adapter: id or folder.", rich_help_panel=MODEL, show_default=False),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL, show_default=False),
+]
+DTypeName = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help=f"{_choices(DType)}. auto is bf16 where the device multiplies it natively, else fp32.",
+        rich_help_panel=MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="cpu, cuda, cuda:1, ... auto is the first GPU, or else the CPU.", rich_help_panel=MODEL
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Spread the model over devices, for example auto.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        metavar=NO_VALUE,
+        help="Run Python code that comes with the model.",
+        rich_help_panel=MODEL,
+    ),
+]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where models from the hub are kept.",
+        rich_help_panel=MODEL,
+        show_default="the hub's own cache",
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}.",
+        rich_help_panel=TASK,
+        show_default="each row's own field task",
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="A task of your own: fields of the row by name, {key} for the candidate, {answer} at the end, "
+        "\\n and \\t as usual. For example '{key}\\nQ: {query}\\nA: {answer}'.",
+        rich_help_panel=TASK,
+        show_default=False,
+    ),
+]
+WhichAnswers = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH",
+        help=f"Of a row that has several answers: {_choices(Answers)}.",
+        rich_help_panel=TASK,
+    ),
+]
+CombineHow = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help=f"With --answers all, how they become one score: {_choices(Combine)}.",
+        rich_help_panel=TASK,
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="For --answers sample.", rich_help_panel=TASK)]
+KeyMaxLength = Annotated[
+    int, typer.Option(metavar="N", help="Candidates are cut to this many tokens.", rich_help_panel=TASK)
+]
+OverflowHow = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="A prompt too long for the model: error, or truncate-left (cuts its beginning).",
+        rich_help_panel=RUNNING,
+    ),
+]
+MaxBatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens that go through the model at once.",
+        rich_help_panel=RUNNING,
+        show_default="chosen for the device",
+    ),
+]
+WindowTokens = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Rows are held until they have this many tokens; within such a window shared prefixes are computed once.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        metavar=NO_VALUE,
+        help="Bitwise the same scores whatever else is in the file; slower.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Attention provider; fastscore doctor lists them.", rich_help_panel=RUNNING),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", metavar=NO_VALUE, help="Only warnings and errors.", rich_help_panel=RUNNING),
+]
+
+
+def skips_bad_rows(on_error: str) -> bool:
+    """What ``--on-error`` asks for.
+
+    Raises:
+        InputError: it is neither of the two.
+    """
+    if on_error not in ON_ERROR:
+        raise InputError(f"on_error must be one of {', '.join(ON_ERROR)}; found {on_error!r}")
+    return on_error == "skip"
+
+
+def make_configs(options: Mapping[str, Any]) -> tuple[ScorerConfig, TaskConfig]:
+    """The configs from a command's options, by the names of their fields; other options are left alone.
+
+    Raises:
+        InputError: a value that cannot be.
+    """
+    from fastscore.templates import parse_template  # not before --help has been printed
+
+    try:
+        scorer_config = ScorerConfig(**{name: options[name] for name in ScorerConfig.__slots__ if name in options})
+        fields = {name: options[name] for name in TaskConfig.__slots__}
+        if fields["template"] is not None:
+            fields["template"] = unescape(fields["template"])
+        task_config = TaskConfig(**fields)
+        if task_config.template is not None:
+            parse_template(task_config.template)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return scorer_config, task_config
+
+
+def unescape(text: str) -> str:
+    r"""``\n``, ``\t`` and ``\\`` as shells hand them over; any other backslash stands for itself."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)

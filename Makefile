@@ -27,10 +27,10 @@ HEALTHY := $(shell test -e $(CORE) && test ! -e $(INSTALLING) && $(RUN) -c 'from
 .DELETE_ON_ERROR:
 # pip must not run twice in one environment, nor while something runs from it.
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean remake
+.PHONY: help demo test lint bench bench-compare bench-baseline clean remake
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.12 chooses the interpreter for .venv; PYTEST_ARGS, BENCH_ARGS go to pytest."
 
 demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model and show the result
@@ -49,8 +49,20 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/fastscore_kernels
 	$(RUN) -m mypy
 
-bench: $(DEV) ## compare fastscore with plain padded batches (FASTSCORE_BENCH_QUERIES=3)
-	$(RUN) -m pytest bench -s --benchmark-columns=median,rounds $(BENCH_ARGS)
+BENCH := $(RUN) -m pytest bench -s --benchmark-columns=median,rounds
+RECORD := build/bench.json
+
+bench bench-compare bench-baseline: export OMP_WAIT_POLICY ?= passive
+bench: $(DEV) ## fastscore against its peers, part by part (FASTSCORE_BENCH_QUERIES=3)
+	$(BENCH) $(BENCH_ARGS)
+
+bench-compare: $(DEV) ## the benchmarks again; fails where a ratio is worse than the stored baseline allows
+	mkdir -p build && $(BENCH) --benchmark-json=$(RECORD) $(BENCH_ARGS)
+	$(RUN) bench/regression.py compare $(RECORD)
+
+bench-baseline: $(DEV) ## the benchmarks again; their ratios become the baseline
+	mkdir -p build && $(BENCH) --benchmark-json=$(RECORD) $(BENCH_ARGS)
+	$(RUN) bench/regression.py baseline $(RECORD)
 
 clean: ## remove .venv, caches and scored examples
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

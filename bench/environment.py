@@ -34,6 +34,9 @@ def environment() -> dict[str, Any]:
         "cpu_native_bf16": cpu["bf16"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # Threads that spin while they wait slow down whoever has most small steps, on a machine that is busy.
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "load_average": round(os.getloadavg()[0], 2),
         "memory_gib": cpu["memory_gib"],
         "gpus": gpus,
         "cuda": torch.version.cuda,

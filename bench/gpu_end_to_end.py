@@ -24,7 +24,8 @@ from checkout import use_checkout
 use_checkout()
 
 import torch  # noqa: E402
-from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, Comparison, compare  # noqa: E402
+from compare import compare, comparison_table  # noqa: E402
+from contenders import FastScore, Padded, PaddedTuned  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
 from rounds import table  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -115,14 +116,6 @@ def make_pairs(vocab_size: int, cell: Cell, tokens: int, questions_per_passage: 
     return pairs[:count]
 
 
-def agrees(comparison: Comparison, dtype: str) -> bool:
-    """Every peer within the dtype's tolerance of fastscore."""
-    return all(
-        value.max <= MAX_DIFFERENCE[dtype] and value.mean <= MEAN_DIFFERENCE[dtype]
-        for value in comparison.differences.values()
-    )
-
-
 def run_model(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Cell after cell of one model: its report, or why there is none."""
     plain = build_model(name, device, DTYPES[options.dtype], options.tiny)
@@ -135,7 +128,7 @@ def run_model(name: str, options: argparse.Namespace, device: torch.device) -> I
     )
     longest = 0.0
     for passage in options.passages:
-        batch_size: int | None = None
+        tuned: PaddedTuned | None = None
         for answer in options.answers:
             cell = Cell(f"tiny {name}" if options.tiny else name, passage, answer)
             if time.monotonic() + longest > options.deadline:
@@ -143,22 +136,13 @@ def run_model(name: str, options: argparse.Namespace, device: torch.device) -> I
                 continue
             started = time.monotonic()
             pairs = make_pairs(plain.config.vocab_size, cell, options.tokens, options.questions_per_passage)
-            comparison = compare(
-                scorer, plain, pairs, options.rounds, batch_size=batch_size, gemm_repeats=options.gemm_repeats
-            )
-            batch_size = comparison.batch_size
+            tuned = tuned or PaddedTuned.picked(plain, pairs)
+            contenders = [FastScore(scorer), Padded(plain), tuned]
+            report = compare(contenders, pairs, options.rounds, plain, gemm_repeats=options.gemm_repeats).report()
             longest = max(longest, time.monotonic() - started)
             print(f"\n{cell.model}, passages of {passage}, answers of {answer}, {len(pairs)} pairs", flush=True)
-            print(comparison.table(), flush=True)
-            yield (
-                cell,
-                {
-                    "pairs": len(pairs),
-                    "agrees": agrees(comparison, options.dtype),
-                    **comparison.report(),
-                    "scorer": scorer.describe(),
-                },
-            )
+            print(comparison_table(report), flush=True)
+            yield cell, {"pairs": len(pairs), "agrees": not report["disagreeing"], **report}
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> str:
@@ -170,18 +154,18 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
             rows.append([*head, f"skipped: {cell['skipped']}", *[""] * 7])
             continue
         for name, values in cell["contenders"].items():
-            difference = cell["differences_from_fastscore"].get(name)
-            peak = cell["peak_bytes_beyond_weights"].get(name)
+            apart, peak = values.get("difference_from_fastscore"), values.get("peak_bytes_beyond_weights")
+            known = "median_seconds" in values
             rows.append(
                 [
                     *head,
                     name,
-                    f"{values['median_seconds']:.3f}",
-                    f"{values['pair_tokens_per_s']:,.0f}",
-                    f"{values['times_fastscore']:.2f}",
-                    f"{values['useful_flop_efficiency']:.1%}",
+                    f"{values['median_seconds']:.3f}" if known else "DISAGREES",
+                    f"{values['pair_tokens_per_s']:,.0f}" if known else "",
+                    f"{values['times_fastscore']:.2f}" if known else "",
+                    f"{values['useful_flop_efficiency']:.1%}" if known else "",
                     f"{cell['gemm_tflops_per_s']:.3g}",
-                    "" if difference is None else f"{difference['max']:.1e}" + ("" if cell["agrees"] else " DISAGREES"),
+                    "" if apart is None else f"{apart['max']:.1e}",
                     "" if peak is None else f"{peak / 2**30:.2f}",
                 ]
             )

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from environment import one_line, write_json
-from prefix_sharing import OURS, here
+from contenders import OURS
+from environment import environment, one_line, write_json
 from rounds import interleave, medians
 from sharing_workload import keeping_share, qa_queries, sharing
 from workload import TokenPair, Workload
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = qa_queries(scorers[OURS].tokenizer)
     pairs = short_requests(keeping_share(whole, 20), options.requests)
     drawn = compositions(len(pairs), options.compositions, min(options.largest, len(pairs)))
-    where = here()
+    where = environment()
     print(one_line(where))
     report: dict[str, Any] = {
         "environment": where,

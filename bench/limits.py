@@ -1,8 +1,11 @@
-"""What the hardware allows: the arithmetic that a task cannot do without, and the rate of the model's own GEMMs."""
+"""What the hardware allows: the arithmetic that a task cannot do without, and the rate of the model's own GEMMs.
+
+"Useful-FLOP efficiency" of a run is its useful work over (its time x that rate).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -11,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from workload import TokenPair
+
+GEMM, PACKED_GEMM = "GEMM", "GEMM, packed weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class UsefulWork:
     linear_flops: int
     head_flops: int
     attention_flops: int
+    skippable_flops: int
+    """Part of the above: the last layer's work, keys and values aside, at tokens whose output nobody reads."""
 
     @property
     def flops(self) -> int:
@@ -34,35 +41,46 @@ class UsefulWork:
 def useful_work(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> UsefulWork:
     """Two operations for each weight of a linear layer and unique token, the LM head for the answer rows only.
 
-    Attention is causal: the token at position p looks at p + 1 keys, for the scores and again for the values. For
-    dense decoders with full attention.
+    Attention is causal: the token at position p looks at p + 1 keys, for the scores and again for the values.
+
+    Raises:
+        ValueError: not a dense decoder whose layers are made of ``nn.Linear``.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    weights = sum(map(_linear_weights, _layers(model)))
     unique_tokens, keys_seen = _unique(pairs)
-    weights = sum(layer.weight.numel() for layer in model.base_model.modules() if isinstance(layer, nn.Linear))
     answer_rows = sum(len(answer) for _, answer in pairs)
+    attention_per_key = 4 * heads * head_size
+
+    key_value_weights = 2 * config.num_key_value_heads * head_size * config.hidden_size
+    last_layer = _linear_weights(_layers(model)[-1]) - key_value_weights
+    # The token before an answer token is read; its position counted from one is the number of its keys.
+    keys_read = sum(sum(range(len(prompt), len(prompt) + len(answer))) for prompt, answer in pairs)
+    skippable_tokens, skippable_keys = max(0, unique_tokens - answer_rows), max(0, keys_seen - keys_read)
     return UsefulWork(
         unique_tokens=unique_tokens,
         answer_rows=answer_rows,
         linear_flops=2 * weights * unique_tokens,
         head_flops=2 * model.get_output_embeddings().weight.numel() * answer_rows,
-        attention_flops=4 * config.num_hidden_layers * heads * head_size * keys_seen,
+        attention_flops=attention_per_key * config.num_hidden_layers * keys_seen,
+        skippable_flops=2 * last_layer * skippable_tokens + attention_per_key * skippable_keys,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGemms:
-    """The matrix products of one decoder layer, with the model's own weights, over ``rows`` tokens."""
+    """The matrix products of decoder layers, with the model's own weights, and nothing else."""
 
     flops: int
-    run: Callable[[], None]
+    runs: Mapping[str, Callable[[], None]]
+    """Ways to run them, all of the same work. The fastest is the limit."""
 
 
 def layer_gemms(model: PreTrainedModel, rows: int, repeats: int) -> LayerGemms:
-    """Layers change with each repeat, so that weights come from memory as they do in the model."""
-    by_layer = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.base_model.layers]
+    """Over ``rows`` tokens. Layers change with each repeat, so that weights come from memory, as in the model."""
+    by_layer = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in _layers(model)]
     chosen = [by_layer[repeat % len(by_layer)] for repeat in range(repeats)]
     inputs = {
         weight.shape[1]: torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -75,7 +93,31 @@ def layer_gemms(model: PreTrainedModel, rows: int, repeats: int) -> LayerGemms:
             for weight in weights:
                 F.linear(inputs[weight.shape[1]], weight)
 
-    return LayerGemms(2 * rows * sum(weight.numel() for weights in chosen for weight in weights), run)
+    runs: dict[str, Callable[[], None]] = {GEMM: run}
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # As oneDNN likes them best: a few percent faster than F.linear, which reorders weights in every call.
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        packed = [[(reorder(weight.detach(), rows), weight.shape[1]) for weight in weights] for weights in chosen]
+
+        @torch.inference_mode()
+        def run_packed() -> None:
+            for weights in packed:
+                for weight, width in weights:
+                    torch.ops.mkldnn._linear_pointwise(inputs[width], weight, None, "none", [], "")
+
+        runs[PACKED_GEMM] = run_packed
+    return LayerGemms(2 * rows * sum(weight.numel() for weights in chosen for weight in weights), runs)
+
+
+def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    layers = list(getattr(model.base_model, "layers", ()))
+    if not layers or not all(map(_linear_weights, layers)):
+        raise ValueError(f"{type(model).__name__} is no decoder whose layers are made of nn.Linear")
+    return layers
+
+
+def _linear_weights(layer: nn.Module) -> int:
+    return sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
 
 
 def _unique(pairs: Sequence[TokenPair]) -> tuple[int, int]:

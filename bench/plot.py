@@ -1,5 +1,6 @@
 """Pictures of files of figures (``pip install 'fastscore[bench]'`` for matplotlib).
 
+python bench/plot.py end-to-end RESULT.json PICTURE.svg  of bench/end_to_end.py's results
 python bench/plot.py kernel RESULT.json PICTURE.svg      of bench/gpu_kernel.py's results
 """
 
@@ -11,8 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compare import LIMIT
+from contenders import OURS as FASTSCORE
+from contenders import PADDED, TUNED
 from kernel_peers import ANSWER_NLL, FUSED, GEMM_PATH, OURS, PEERS
 from kernel_report import FEW_ROWS, LEAST_GEMM_SHARE, MANY_ROWS, MOST_TIMES_LIMIT, shape_of
+from peer_lm_eval import LM_EVAL
+from peer_vllm import VLLM, VLLM_PREFILL
 
 # Ours in one hue and solid, peers in others and dashed; colours that the colour-blind can tell apart.
 STYLES = {
@@ -26,6 +32,88 @@ STYLES = {
         )
     },
 }
+
+
+BAR_LABELS = {
+    FASTSCORE: "fastscore",
+    PADDED: "padded batches of 4",
+    TUNED: "padded, tuned",
+    LM_EVAL: "lm-evaluation-harness",
+    VLLM: "vLLM, prompt_logprobs",
+    VLLM_PREFILL: "vLLM, prefill without scores",
+    LIMIT: "matrix products alone",
+}
+INK, QUIET, ACCENT, GREY, LIMIT_FILL = "#1f2328", "#59636e", "#0969da", "#aeb6bf", "#eef1f4"
+
+
+def plot_end_to_end(result: Mapping[str, Any]) -> Any:
+    """A bar for each contender, the slowest first; what gives no scores is drawn as an outline.
+
+    On white of its own: it stands in pages that are light or dark.
+    """
+    from matplotlib.figure import Figure
+
+    timed = {name: each for name, each in result["contenders"].items() if "median_seconds" in each}
+    seconds = {name: each["median_seconds"] for name, each in timed.items()}
+    seconds[LIMIT] = result["limit_seconds"]
+    names = sorted(seconds, key=lambda name: seconds[name])
+    ours, longest = seconds[FASTSCORE], max(seconds.values())
+    figure = Figure(figsize=(8.2, 0.46 * len(names) + 1.5), facecolor="white")
+    panel = figure.add_axes((0.27, 0.62 / figure.get_figheight(), 0.70, 1 - 1.18 / figure.get_figheight()))
+    for place, name in enumerate(names):
+        gives_scores = name not in (VLLM_PREFILL, LIMIT)
+        panel.barh(
+            place,
+            seconds[name],
+            height=0.66,
+            color=(ACCENT if name == FASTSCORE else GREY) if gives_scores else LIMIT_FILL,
+            edgecolor="none" if gives_scores else GREY,
+            linestyle="-" if gives_scores else "--",
+        )
+        if name in timed and len(each := timed[name]["seconds"]) > 1:
+            panel.plot([min(each), max(each)], [place, place], color=INK, linewidth=0.9, solid_capstyle="butt")
+        right = max([seconds[name], *(timed[name]["seconds"] if name in timed else [])])
+        weight = "bold" if name == FASTSCORE else "normal"
+        times = "" if name == FASTSCORE else f"   {seconds[name] / ours:.2f}x"
+        panel.text(
+            right + 0.012 * longest, place, f"{seconds[name]:.1f} s{times}", va="center", color=INK, weight=weight
+        )
+        panel.text(
+            -0.015 * longest, place, BAR_LABELS.get(name, name), va="center", ha="right", color=INK, weight=weight
+        )
+    most = max([longest, *(max(each["seconds"]) for each in timed.values())])
+    panel.set_xlim(0, most * 1.19)
+    panel.set_ylim(-0.6, len(names) - 0.4)
+    panel.invert_yaxis()
+    panel.set_yticks([])
+    panel.set_xticks([])
+    for side in ("top", "right", "bottom"):
+        panel.spines[side].set_visible(False)
+    panel.spines["left"].set_color(QUIET)
+    task, where = result["workload"], result["environment"]
+    height = figure.get_figheight()
+    figure.text(
+        0.025,
+        1 - 0.2 / height,
+        f"Seconds to score {task['pairs']:,} pairs with {result['model']} in {result['dtype']}; shorter is better",
+        color=INK,
+        fontsize=11.5,
+        weight="bold",
+        va="top",
+    )
+    device = where["gpus"][0]["name"] if where["gpus"] else f"{where['cpu']}, {where['threads']} threads"
+    figure.text(
+        0.025,
+        0.14 / height,
+        f"{task['tokens']:,} tokens of {task['source']}; {device}; medians of {result['rounds']} rounds by turns, "
+        "lines span the rounds\n"
+        f"torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, commit "
+        f"{where['commit'][:10]}, {where['date'][:10]}. Dashed: no scores come out.",
+        color=QUIET,
+        fontsize=8,
+        va="bottom",
+    )
+    return figure
 
 
 def plot_kernel(result: Mapping[str, Any]) -> Any:
@@ -93,10 +181,14 @@ def plot_kernel(result: Mapping[str, Any]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kernel = kinds.add_parser("kernel", help="a file of bench/gpu_kernel.py")
-    kernel.set_defaults(plot=plot_kernel)
-    kernel.add_argument("result", type=Path)
-    kernel.add_argument("picture", type=Path, help="its ending (.svg, .png, .pdf) says what it becomes")
+    for name, plot, made_by in (
+        ("end-to-end", plot_end_to_end, "bench/end_to_end.py"),
+        ("kernel", plot_kernel, "bench/gpu_kernel.py"),
+    ):
+        kind = kinds.add_parser(name, help=f"a file of {made_by}")
+        kind.set_defaults(plot=plot)
+        kind.add_argument("result", type=Path)
+        kind.add_argument("picture", type=Path, help="its ending (.svg, .png, .pdf) says what it becomes")
     options = parser.parse_args(arguments)
     figure = options.plot(json.loads(options.result.read_text(encoding="utf-8")))
     figure.savefig(options.picture, dpi=150, metadata={"Date": None} if options.picture.suffix == ".svg" else None)

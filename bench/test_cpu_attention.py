@@ -2,7 +2,7 @@
 
 ``sdpa``, the provider that CPUs get, against ``reference`` (a segment at a time) and against one padded call of torch's
 scaled_dot_product_attention over whole texts, its inputs laid out before the clock starts. Heads are SmolLM2-135M's.
-FASTSCORE_BENCH_ATTENTION_ROUNDS (9) and FASTSCORE_BENCH_ATTENTION_DTYPE (fp32) change the task.
+FASTSCORE_BENCH_ATTENTION_ROUNDS (9) and FASTSCORE_BENCH_DTYPE (auto) change the task.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import suite
 import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -21,7 +22,6 @@ from sharing_workload import choice_questions, first_queries, keeping_share, qa_
 from transformers import AutoTokenizer
 
 from fastscore.attention import PROVIDERS
-from fastscore.config import DEFAULT_MODEL
 from fastscore.model_source import resolve_model
 from fastscore.models import DTYPES
 from fastscore.packing import cut_pack
@@ -29,9 +29,8 @@ from fastscore.prefix_tree import build_prefix_tree
 from fastscore.ranges import ranges
 from fastscore.types import PackedBatch, ScoringRequest
 
-MODEL = os.environ.get("FASTSCORE_BENCH_MODEL", DEFAULT_MODEL)
 ROUNDS = int(os.environ.get("FASTSCORE_BENCH_ATTENTION_ROUNDS", "9"))
-DTYPE = os.environ.get("FASTSCORE_BENCH_ATTENTION_DTYPE", "fp32")
+DTYPE = suite.dtype()
 HEADS, KV_HEADS, HEAD_SIZE = 9, 3, 64
 PACK_TOKENS = 4096
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}
@@ -42,13 +41,15 @@ CLOCK = MeasuredRounds()
 
 @dataclass(frozen=True, slots=True)
 class Measured:
+    file: str
+    tokens: int
     differences: dict[str, float]
     seconds: dict[str, list[float]]
 
 
 def first_pack(name: str) -> PackedBatch:
     load, subset, queries = LOADERS[name]
-    pairs = subset(load(AutoTokenizer.from_pretrained(resolve_model(MODEL).name_or_path)), queries).pairs
+    pairs = subset(load(AutoTokenizer.from_pretrained(resolve_model(suite.MODEL).name_or_path)), queries).pairs
     tree = build_prefix_tree([ScoringRequest((*prompt, *answer), len(prompt)) for prompt, answer in pairs])
     return cut_pack(tree, 0, min(PACK_TOKENS, tree.num_tokens))
 
@@ -96,7 +97,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
     runs = contenders(pack, DTYPES[DTYPE])
     outputs = {name: run().float().clone() for name, run in runs.items()}
     differences = {name: float((out - outputs[REFERENCE]).abs().max()) for name, out in outputs.items()}
-    result = Measured(differences, interleave(runs, ROUNDS))
+    result = Measured(request.param, pack.num_tokens, differences, interleave(runs, ROUNDS))
     median = medians(result.seconds)
     print(
         f"\n{request.param}: {pack.num_tokens:,} tokens in {pack.num_segments} segments, "
@@ -117,4 +118,8 @@ def test_cpu_attention(name: str, measured: Measured, benchmark: BenchmarkFixtur
     CLOCK.rounds = list(measured.seconds[name])
     median = medians(measured.seconds)
     benchmark.extra_info.update(times_sdpa=median[name] / median[SDPA], dtype=DTYPE)
+    if name == SDPA:
+        ratio = median[SDPA] / median[ONE_PADDED_CALL]
+        task = f"{DTYPE}, {measured.tokens} tokens"
+        suite.record(benchmark, {f"CPU attention, {measured.file}: {SDPA} / {ONE_PADDED_CALL}": ratio}, task)
     benchmark.pedantic(CLOCK.pass_round, rounds=ROUNDS)

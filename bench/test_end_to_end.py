@@ -1,66 +1,64 @@
-"""fastscore against plain transformers on the first queries of nq_qa: ``make bench``.
+"""The short form of ``end_to_end.py``: part of ``make bench``.
 
-FASTSCORE_BENCH_QUERIES (3), FASTSCORE_BENCH_ROUNDS (3), FASTSCORE_BENCH_DTYPE (fp32) and FASTSCORE_BENCH_MODEL
-(smollm2-135m) change the task. The contenders run by turns in one process, on the same token ids, in the same dtype,
-with the same threads.
+FASTSCORE_BENCH_QUERIES (3), FASTSCORE_BENCH_ROUNDS (5), FASTSCORE_BENCH_DTYPE (auto), FASTSCORE_BENCH_MODEL
+(smollm2-135m) and FASTSCORE_BENCH_PEERS (padded,padded-tuned,lm-eval,vllm) change the task; FASTSCORE_VLLM_PYTHON names
+vLLM's environment. So few requests share less than a whole file does.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
-from compare import MAX_DIFFERENCE, MEAN_DIFFERENCE, OURS, PADDED, TUNED, Comparison, compare
+import suite
+from compare import LIMIT
+from contenders import OURS, PADDED, TUNED
+from end_to_end import PEERS, measure, show
 from environment import environment, one_line
+from peer_lm_eval import LM_EVAL
+from peer_vllm import VLLM, VLLM_PREFILL
 from pytest_benchmark.fixture import BenchmarkFixture
 from rounds import MeasuredRounds
-from transformers import AutoModelForCausalLM
-from workload import NQ_QA, load_workload
 
-from fastscore import Scorer
-from fastscore.config import DEFAULT_MODEL
-from fastscore.models import DTYPES
-
-QUERIES = int(os.environ.get("FASTSCORE_BENCH_QUERIES", "3"))
-ROUNDS = int(os.environ.get("FASTSCORE_BENCH_ROUNDS", "3"))
-DTYPE = os.environ.get("FASTSCORE_BENCH_DTYPE", "fp32")
-MODEL = os.environ.get("FASTSCORE_BENCH_MODEL", DEFAULT_MODEL)
-
-
+ROUNDS = suite.rounds(5)
+WANTED = os.environ.get("FASTSCORE_BENCH_PEERS", ",".join(PEERS)).split(",")
 CLOCK = MeasuredRounds()
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    scorer = Scorer(MODEL, dtype=DTYPE)  # type: ignore[arg-type]
-    workload = load_workload(scorer.tokenizer, QUERIES)
-    plain = AutoModelForCausalLM.from_pretrained(scorer.model_path, dtype=DTYPES[DTYPE]).eval()
-    plain = plain.to(scorer.load().device)
-    result = compare(scorer, plain, workload.pairs, ROUNDS)
-
-    task = workload.describe()
-    print(f"\n{one_line(environment())}")
-    if task["source"] != NQ_QA.name:
-        print(f"{NQ_QA.name} is absent: {task['source']} stands in for it, and its figures are not comparable")
-    print(
-        f"{MODEL} in {DTYPE}; first {task['queries']} queries of {task['source']}, {task['pairs']} pairs, "
-        f"{task['tokens']:,} tokens of which {result.work.unique_tokens:,} unique inputs; {ROUNDS} rounds by turns"
-    )
-    sizes = ", ".join(f"{size} {seconds:.1f} s" for size, seconds in result.batch_size_seconds.items())
-    print(f"padded-tuned takes batches of {result.batch_size} ({sizes}); GEMM {result.gemm_rate / 1e9:.0f} GFLOP/s")
-    print(result.table())
-    return result
+def report() -> dict[str, Any]:
+    found = measure(suite.MODEL, suite.dtype(), suite.QUERIES, ROUNDS, [name for name in PEERS if name in WANTED])
+    print(f"\n{one_line(environment())}\n{show(found)}")
+    return found
 
 
-@pytest.mark.parametrize("peer", [PADDED, TUNED])
-def test_contenders_agree(peer: str, comparison: Comparison) -> None:
-    assert comparison.differences[peer].max <= MAX_DIFFERENCE[DTYPE]
-    assert comparison.differences[peer].mean <= MEAN_DIFFERENCE[DTYPE]
+def of(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """A contender's figures, or the test is skipped."""
+    if name not in report["contenders"]:
+        peer = VLLM if name == VLLM_PREFILL else name
+        pytest.skip(report["left_out"].get(peer, "not among FASTSCORE_BENCH_PEERS"))
+    return report["contenders"][name]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_contenders_agree(peer: str, report: dict[str, Any]) -> None:
+    apart = of(report, peer)["difference_from_fastscore"]
+    assert peer not in report["disagreeing"], apart
 
 
 @pytest.mark.benchmark(group="end to end", timer=CLOCK)
-@pytest.mark.parametrize("name", [OURS, PADDED, TUNED])
-def test_end_to_end(name: str, comparison: Comparison, benchmark: BenchmarkFixture) -> None:
-    CLOCK.rounds = list(comparison.seconds[name])
-    benchmark.extra_info.update(comparison.contenders()[name])
+@pytest.mark.parametrize("name", [OURS, PADDED, TUNED, LM_EVAL, VLLM, VLLM_PREFILL])
+def test_end_to_end(name: str, report: dict[str, Any], benchmark: BenchmarkFixture) -> None:
+    values = of(report, name)
+    CLOCK.rounds = list(values["seconds"])
+    benchmark.extra_info.update({key: value for key, value in values.items() if isinstance(value, float | int)})
+    if name == OURS:
+        others = {peer: report["contenders"][peer] for peer in (PADDED, TUNED) if peer in report["contenders"]}
+        ratios = {f"end to end: {OURS} / {peer}": 1 / found["times_fastscore"] for peer, found in others.items()}
+        ratios[f"end to end: {OURS} / {LIMIT}"] = 1 / values["useful_flop_efficiency"]
+        task = report["workload"]
+        suite.record(
+            benchmark, ratios, f"{report['model']} in {report['dtype']}, {task['pairs']} pairs of {task['source']}"
+        )
     benchmark.pedantic(CLOCK.pass_round, rounds=ROUNDS)

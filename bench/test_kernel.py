@@ -1,7 +1,7 @@
 """The answer NLL on a CPU against its peers and a bare GEMM of the same shape: part of ``make bench``.
 
-FASTSCORE_BENCH_KERNEL (256x576x49152: rows, D, V), FASTSCORE_BENCH_KERNEL_ROUNDS (9) and FASTSCORE_BENCH_KERNEL_DTYPE
-(fp32) change the task. On a GPU ``bench/gpu_kernel.py`` is the one to run.
+FASTSCORE_BENCH_KERNEL (256x576x49152: rows, D, V), FASTSCORE_BENCH_KERNEL_ROUNDS (9) and FASTSCORE_BENCH_DTYPE (auto)
+change the task. On a GPU ``bench/gpu_kernel.py`` is the one to run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import suite
 import torch
 from device_timer import HostTimer
 from environment import environment, one_line
@@ -25,7 +26,7 @@ from fastscore.models import DTYPES
 
 CELL = Cell(*map(int, os.environ.get("FASTSCORE_BENCH_KERNEL", "256x576x49152").split("x")))
 ROUNDS = int(os.environ.get("FASTSCORE_BENCH_KERNEL_ROUNDS", "9"))
-DTYPE = os.environ.get("FASTSCORE_BENCH_KERNEL_DTYPE", "fp32")
+DTYPE = suite.dtype()
 CPU = torch.device("cpu")
 # torch's own in chunks takes twenty times as long as without, where there are fewer rows than hidden entries.
 CONTENDERS = find_contenders(CPU, tuple(name for name in (ANSWER_NLL, *PEERS) if name != "F.linear_ce-chunked"))[0]
@@ -81,4 +82,7 @@ def test_answer_nll(name: str, measured: Measured, benchmark: BenchmarkFixture) 
     CLOCK.rounds = list(measured.seconds[name])
     median = medians(measured.seconds)
     benchmark.extra_info.update(times_answer_nll=median[name] / median[ANSWER_NLL], cell=str(CELL), dtype=DTYPE)
+    if name == ANSWER_NLL:
+        ratio = median[ANSWER_NLL] / median[LIBRARY_GEMM]
+        suite.record(benchmark, {f"kernel: {ANSWER_NLL} / {LIBRARY_GEMM}": ratio}, f"{CELL}, {DTYPE}")
     benchmark.pedantic(CLOCK.pass_round, rounds=ROUNDS)

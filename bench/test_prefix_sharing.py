@@ -1,6 +1,6 @@
 """The short form of ``prefix_sharing.py``: part of ``make bench``.
 
-FASTSCORE_BENCH_QUERIES (3), FASTSCORE_BENCH_QUESTIONS (4), FASTSCORE_BENCH_ROUNDS (2), FASTSCORE_BENCH_DTYPE (fp32) and
+FASTSCORE_BENCH_QUERIES (3), FASTSCORE_BENCH_QUESTIONS (4), FASTSCORE_BENCH_ROUNDS (3), FASTSCORE_BENCH_DTYPE (auto) and
 FASTSCORE_BENCH_MODEL (smollm2-135m) change the task. So few requests share less than a whole file does.
 """
 
@@ -10,41 +10,47 @@ import os
 from typing import Any
 
 import pytest
-from compare import OURS, PADDED, TUNED
-from environment import one_line
-from prefix_sharing import NO_TREE, here, load_both, make_contenders, measure, show, workloads
+import suite
+from contenders import NO_TREE, OURS, PADDED, TUNED, load_both
+from environment import environment, one_line
+from prefix_sharing import measure_files, show
 from pytest_benchmark.fixture import BenchmarkFixture
 from rounds import MeasuredRounds
 
-from fastscore.config import DEFAULT_MODEL
-
-QUERIES = int(os.environ.get("FASTSCORE_BENCH_QUERIES", "3"))
 QUESTIONS = int(os.environ.get("FASTSCORE_BENCH_QUESTIONS", "4"))
-ROUNDS = int(os.environ.get("FASTSCORE_BENCH_ROUNDS", "2"))
-DTYPE = os.environ.get("FASTSCORE_BENCH_DTYPE", "fp32")
-MODEL = os.environ.get("FASTSCORE_BENCH_MODEL", DEFAULT_MODEL)
+ROUNDS = suite.rounds(3)
 CLOCK = MeasuredRounds()
+FILES = ["qa", "5-shot choices"]
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    """Of both files. A contender that disagrees raises."""
-    scorer, plain = load_both(MODEL, DTYPE)
-    print(f"\n{one_line(here())}\n{MODEL} in {DTYPE}, {ROUNDS} rounds by turns")
+    """Of both files."""
+    scorer, plain = load_both(suite.MODEL, suite.dtype())
+    print(f"\n{one_line(environment())}\n{suite.MODEL} in {suite.dtype()}, {ROUNDS} rounds by turns")
     found = []
-    for workload, whole_factor in workloads(scorer.tokenizer, QUERIES, QUESTIONS):
-        result = measure(make_contenders(scorer, plain, workload.pairs), workload.pairs, ROUNDS)
-        print(show(workload.source, workload.describe(), whole_factor, result))
+    for result in measure_files(scorer, plain, suite.QUERIES, QUESTIONS, ROUNDS):
+        print(show(result))
         found.append(result)
     return found
 
 
+@pytest.mark.parametrize("file", [0, 1], ids=FILES)
+def test_contenders_agree(file: int, results: list[dict[str, Any]]) -> None:
+    assert results[file]["disagreeing"] == []
+
+
 @pytest.mark.benchmark(group="shared prefixes", timer=CLOCK)
 @pytest.mark.parametrize("name", [OURS, NO_TREE, PADDED, TUNED])
-@pytest.mark.parametrize("file", [0, 1], ids=["qa", "5-shot choices"])
+@pytest.mark.parametrize("file", [0, 1], ids=FILES)
 def test_prefix_sharing(file: int, name: str, results: list[dict[str, Any]], benchmark: BenchmarkFixture) -> None:
     result = results[file]
+    values, task = result["contenders"][name], result["workload"]
     assert result["contenders"][OURS]["tokens_computed"] < result["contenders"][NO_TREE]["tokens_computed"]
-    CLOCK.rounds = list(result["seconds"][name])
-    benchmark.extra_info.update(result["contenders"][name])
+    CLOCK.rounds = list(values["seconds"])
+    benchmark.extra_info.update({key: value for key, value in values.items() if isinstance(value, float | int)})
+    if name == OURS:
+        without = result["contenders"][NO_TREE]["times_fastscore"]
+        task = f"{suite.MODEL} in {result['dtype']}, {task['pairs']} pairs of {task['source']}"
+        suite.record(benchmark, {f"shared prefixes, {FILES[file]}: {OURS} / {NO_TREE}": 1 / without}, task)
     benchmark.pedantic(CLOCK.pass_round, rounds=ROUNDS)

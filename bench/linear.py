@@ -1,0 +1,126 @@
+"""Does cost grow linearly, and memory not at all? ``python bench/linear.py --json OUT``.
+
+Files of 1k, 4k and 16k pairs, each scored by the program ``fastscore score`` in a process of its own: seconds per pair
+from file to file, and peak resident memory. A file is some copies of the first queries of ``nq_qa.jsonl``; every copy's
+passages begin with a number of their own, so that copies share nothing and each pair costs the same in all files. What
+the program takes for one pair is its start, and is taken off before seconds per pair are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from environment import environment, one_line, write_json
+from processes import Ended, run_python
+from rounds import table
+from workload import EXAMPLE, NQ_QA
+
+from fastscore.config import DEFAULT_MODEL
+
+COPIES = (1, 4, 16)
+QUERIES = 64
+"""Of 16 pairs each: 1,024, 4,096 and 16,384 pairs."""
+
+
+def write_copies(path: Path, rows: Sequence[Mapping[str, Any]], copies: int) -> int:
+    """Write so many copies that share no prefix, and say how many pairs they have."""
+    pairs = 0
+    with path.open("w", encoding="utf-8") as out:
+        for copy in range(copies):
+            for row in rows:
+                marked = {name: [f"[{copy:02}] {passage}" for passage in row[name]] for name in ("pos", "neg")}
+                pairs += len(marked["pos"]) + len(marked["neg"])
+                out.write(json.dumps({**row, **marked}) + "\n")
+    return pairs
+
+
+def measure(model: str, dtype: str, num_queries: int, copies: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Seconds and bytes of every file, the smallest first."""
+    source = NQ_QA if NQ_QA.is_file() else EXAMPLE
+    with source.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, num_queries)]
+    one = {**rows[0], "pos": rows[0]["pos"][:1], "neg": []}
+    start = [_score([one], 1, model, dtype)[0].seconds for _ in range(max(2, rounds))][1:]  # the first warms the disk
+    files = []
+    for count in copies:
+        runs = [_score(rows, count, model, dtype) for _ in range(rounds)]
+        pairs, stats = runs[0][1], runs[0][2]
+        seconds = [ended.seconds for ended, *_ in runs]
+        files.append(
+            {
+                "pairs": pairs,
+                "tokens_computed": stats["tokens_computed"],
+                "seconds": seconds,
+                "median_seconds": statistics.median(seconds),
+                "seconds_per_pair": (statistics.median(seconds) - statistics.median(start)) / pairs,
+                "peak_bytes": max(ended.peak_bytes for ended, *_ in runs),
+            }
+        )
+    first = files[0]
+    for file in files:
+        file["seconds_per_pair_times_first"] = file["seconds_per_pair"] / first["seconds_per_pair"]
+        file["peak_bytes_times_first"] = file["peak_bytes"] / first["peak_bytes"]
+    return {"source": source.name, "queries_per_copy": len(rows), "start_seconds": start, "files": files}
+
+
+def show(report: Mapping[str, Any]) -> str:
+    """A line for each file."""
+    rows = [
+        [
+            f"{file['pairs']:,}",
+            f"{file['tokens_computed']:,}",
+            f"{file['median_seconds']:.1f}",
+            f"{file['seconds_per_pair'] * 1e3:.2f}",
+            f"{file['seconds_per_pair_times_first'] - 1:+.1%}",
+            f"{file['peak_bytes'] / 2**20:,.0f}",
+            f"{file['peak_bytes_times_first'] - 1:+.1%}",
+        ]
+        for file in report["files"]
+    ]
+    columns = ["pairs", "tokens computed", "seconds", "ms per pair", "to first", "peak MiB", "to first"]
+    return f"{table(columns, rows)}\nstart {statistics.median(report['start_seconds']):.2f} s, taken off ms per pair"
+
+
+def _score(rows: Sequence[Mapping[str, Any]], copies: int, model: str, dtype: str) -> tuple[Ended, int, dict[str, Any]]:
+    """One run of the program in a folder of its own, the pairs it scored, and its statistics."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder, "rows.jsonl"), Path(folder, "scored.jsonl")
+        pairs = write_copies(path, rows, copies)
+        options = ["--task", "qa", "--model", model, "--dtype", dtype, "--quiet"]
+        ended = run_python("-m", "fastscore", "score", str(path), "-o", str(out), *options)
+        stats = json.loads(out.with_name(f"{out.name}.meta.json").read_text(encoding="utf-8"))["stats"]
+        scores = sum(len(json.loads(line)["teacher_scores"]) for line in out.open(encoding="utf-8"))
+        if not scores == stats["pairs"] == pairs:
+            raise RuntimeError(f"{scores} scores of {pairs} pairs came back")
+    return ended, pairs, stats
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--queries", type=int, default=QUERIES, help="in each copy")
+    parser.add_argument("--copies", type=int, nargs="+", default=COPIES, help="one file for each number")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+
+    where = environment()
+    print(one_line(where), flush=True)
+    report = measure(options.model, options.dtype, options.queries, sorted(options.copies), options.rounds)
+    print(show(report))
+    if options.json is not None:
+        write_json(options.json, {"environment": where, "model": options.model, "dtype": options.dtype, **report})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

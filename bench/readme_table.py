@@ -1,0 +1,261 @@
+"""Writes the README's measured tables from the files in ``results/``: ``python bench/readme_table.py``.
+
+What stands between ``<!-- measured: NAME -->`` and ``<!-- end of measured: NAME -->`` is made by the function of that
+name below, from its files alone, and says on what they were measured. Where a file is absent, so does the README.
+``--check`` writes nothing and has exit status 1 when the README says something else than the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compare import LIMIT
+from contenders import NO_TREE, OURS, PADDED, TUNED
+from environment import ROOT
+from peer_lm_eval import LM_EVAL
+from peer_vllm import VLLM, VLLM_PREFILL
+from startup import FIRST_SCORE, HELP
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+END_TO_END = "end-to-end-smollm2-135m-cpu-bf16.json"
+SHARING = "prefix-sharing-smollm2-135m-cpu-bf16.json"
+LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
+GPU = "gpu-end-to-end.json"
+
+MEANING = {
+    PADDED: "padded batches of four, file order, full logits",
+    TUNED: "padded, sorted, batch size picked, logits of answers only",
+    NO_TREE: "fastscore, nothing shared",
+    LM_EVAL: "lm-evaluation-harness, batch size picked",
+    VLLM: "vLLM, `prompt_logprobs`",
+    VLLM_PREFILL: "vLLM, plain prefill without scores",
+    LIMIT: "the model's matrix products alone",
+}
+
+
+def end_to_end(folder: Path) -> str:
+    """All contenders on one file, with the limit."""
+    report = _read(folder, END_TO_END)
+    if report is None:
+        return "Against its peers, fastscore has not been measured yet (`python bench/end_to_end.py`)."
+    task, where = report["workload"], report["environment"]
+    command = f"python bench/end_to_end.py --queries {task['queries']} --rounds {report['rounds']}"
+    lines = [
+        _wrapped(
+            f"**Against other ways.** `{command}`: {task['queries']} queries of {_file_name(task)}, {task['pairs']:,} "
+            f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {_machine(where)}. "
+            f"Contenders by turns on the same token ids; medians of {report['rounds']} rounds, in brackets the lowest "
+            f"and highest ratio of a round ({_link(END_TO_END)}):"
+        ),
+        "",
+        "| | seconds | tokens/s | times fastscore's time | of the GEMM rate | mean distance from fastscore, nats |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in report["contenders"].items():
+        apart = values.get("difference_from_fastscore")
+        distance = "" if apart is None else f"{apart['mean']:.3f}" + ("" if apart["per_token"] else " per pair's mean")
+        if "median_seconds" not in values:
+            lines.append(f"| {MEANING.get(name, name)} | not timed: its scores differ | | | | {distance} |")
+            continue
+        lines.append(
+            f"| {MEANING.get(name, name)} | {values['median_seconds']:.1f} | {values['pair_tokens_per_s']:,.0f} | "
+            f"{_ratio(values)} | {values['useful_flop_efficiency']:.0%} | {distance} |"
+        )
+    limit, ours = report["limit_seconds"], report["contenders"][OURS]
+    lines += [
+        f"| {MEANING[LIMIT]} | {limit:.1f} | {report['pair_tokens'] / limit:,.0f} | "
+        f"{limit / ours['median_seconds']:.2f} | 100% | |",
+        "",
+        _wrapped(
+            '"Of the GEMM rate" is useful work over time and the rate of the model\'s own matrix products, '
+            f"{report['gemm_tflops_per_s'] * 1e3:,.0f} GFLOP/s in this run ([bench/](bench/README.md))."
+        ),
+    ]
+    lines += [f"Left out: {name}, {reason}." for name, reason in report["left_out"].items()]
+    picture = Path(END_TO_END).with_suffix(".svg").name
+    if (folder / picture).exists():
+        lines += ["", f"![Seconds of each contender](bench/results/{picture})"]
+    return "\n".join(lines)
+
+
+def costs(folder: Path) -> str:
+    """Start-up, and how cost and memory grow."""
+    start, growth = _read(folder, STARTUP), _read(folder, LINEAR)
+    lines = []
+    if start is None:
+        lines.append("Start-up has not been measured yet (`python bench/startup.py`).")
+    else:
+        median = start["median_seconds"]
+        lines.append(
+            _wrapped(
+                "**Start.** `python bench/startup.py`: from the start of Python to the first score "
+                f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, `fastscore --help` "
+                f"{median[HELP]:.2f} s; {_machine(start['environment'])} ({_link(STARTUP)})."
+            )
+        )
+    lines.append("")
+    if growth is None:
+        lines.append("How cost grows has not been measured yet (`python bench/linear.py`).")
+    else:
+        begun = statistics.median(growth["start_seconds"])
+        lines += [
+            _wrapped(
+                f"**Growth.** `python bench/linear.py`: `fastscore score` from file to file with {growth['model']}; "
+                f"{_machine(growth['environment'])} ({_link(LINEAR)}). The start, {begun:.1f} s, is taken off the "
+                "time per pair:"
+            ),
+            "",
+            "| pairs | seconds | ms per pair | peak memory, MiB |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {file['pairs']:,} | {file['median_seconds']:.1f} | {file['seconds_per_pair'] * 1e3:.2f} | "
+                f"{file['peak_bytes'] / 2**20:,.0f} |"
+                for file in growth["files"]
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def sharing(folder: Path) -> str:
+    """What the prefix tree brings."""
+    report = _read(folder, SHARING)
+    if report is None:
+        return "What sharing brings has not been measured yet (`python bench/prefix_sharing.py`)."
+    tasks = [file["workload"] for file in report["files"]]
+    lines = [
+        _wrapped(
+            f"**What sharing brings.** `python bench/prefix_sharing.py --rounds {report['rounds']}`: "
+            f"{report['model']}; {_machine(report['environment'])}; {' and '.join(map(_amount, tasks))}. By turns; "
+            f"medians of {report['rounds']} rounds as multiples of fastscore's, in brackets the lowest and highest "
+            f"ratio of a round ({_link(SHARING)}):"
+        ),
+        "",
+        f"| | {' | '.join(map(_file_name, tasks))} |",
+        "| --- |" + " --- |" * len(tasks),
+    ]
+    for name in report["files"][0]["contenders"]:
+        times = [_ratio(file["contenders"][name]) for file in report["files"]]
+        lines.append(f"| {MEANING.get(name, name)} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def gpu(folder: Path) -> str:
+    """Shapes of large models on one GPU."""
+    report = _read(folder, GPU)
+    if report is None:
+        return "Not yet measured on a GPU."
+    setting = report["setting"]
+    lines = [
+        _wrapped(
+            f"**On a GPU.** `python bench/gpu_end_to_end.py`: random weights in {setting['dtype']}, about "
+            f"{setting['tokens']:,} tokens in each cell; {_machine(report['environment'])}. By turns; medians as "
+            f"multiples of fastscore's time, and after them the share of the GEMM rate ({_link(GPU)}):"
+        ),
+        "",
+        f"| model, passage + answer tokens | {OURS}, seconds | {PADDED} | {TUNED} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for cell in report["cells"]:
+        name = f"{cell['model']}, {cell['passage']} + {cell['answer']}"
+        if "skipped" in cell:
+            lines.append(f"| {name} | skipped: {cell['skipped']} | | |")
+            continue
+        found = cell["contenders"]
+        share = {each: f"{values.get('useful_flop_efficiency', 0):.0%}" for each, values in found.items()}
+        peers = [f"{_ratio(found[peer])}, {share[peer]}" for peer in (PADDED, TUNED)]
+        lines.append(f"| {name} | {found[OURS]['median_seconds']:.3f}, {share[OURS]} | {' | '.join(peers)} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "end to end": end_to_end,
+    "costs": costs,
+    "sharing": sharing,
+    "gpu": gpu,
+}
+
+
+def rewritten(text: str, folder: Path = RESULTS) -> str:
+    """The README's text with every section as the files in the folder give it.
+
+    Raises:
+        ValueError: a section has no place, or more than one.
+    """
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- measured: {name} -->", f"<!-- end of measured: {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"the README needs {begin} and {end} once each")
+        made = f"{begin}\n{section(folder)}\n{end}"
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, made=made: made, text, flags=re.DOTALL)
+    return text
+
+
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _machine(where: Mapping[str, Any]) -> str:
+    """What it was measured on."""
+    versions = where["versions"]
+    device = where["gpus"][0]["name"] if where["gpus"] else f"{where['cpu']}, {where['threads']} threads"
+    # One that waits for its threads is counted, too: less than one process for each core is a machine at rest.
+    busy = f", load average {where['load_average']:.1f} at the beginning" if "load_average" in where else ""
+    commit = where["commit"][:10] + (" with changes" if where["dirty"] else "")
+    return (
+        f"{device}{busy}, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}, "
+        f"{where['date'][:10]}"
+    )
+
+
+def _file_name(task: Mapping[str, Any]) -> str:
+    return task["source"].replace("nq_qa.jsonl", "Natural Questions").replace("logiqa_mc.jsonl", "LogiQA")
+
+
+def _amount(task: Mapping[str, Any]) -> str:
+    return f"{task['queries']} queries of {_file_name(task)} ({task['pairs']} pairs)"
+
+
+def _ratio(values: Mapping[str, Any]) -> str:
+    """How many times fastscore's time, by medians and (from, to) by rounds."""
+    if "times_fastscore" not in values:
+        return "not timed: its scores differ"
+    by_round = values["times_fastscore_by_round"]
+    if min(by_round) == max(by_round) == 1:
+        return "1"
+    return f"{values['times_fastscore']:.3g} ({min(by_round):.3g}-{max(by_round):.3g})"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _link(name: str) -> str:
+    return f"[{name}](bench/results/{name})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    before = README.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if options.check:
+        if before != after:
+            print("README.md does not say what bench/results/ says: python bench/readme_table.py", file=sys.stderr)
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

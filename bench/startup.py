@@ -1,0 +1,94 @@
+"""How long until the first score, and until ``fastscore --help``? ``python bench/startup.py --json OUT``.
+
+Each in new processes, by turns, by the wall clock: a Python that does nothing, the help, and a program that imports
+fastscore, loads the model from the cache and scores one pair. The first turn, which warms the disk, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from environment import environment, one_line, write_json
+from processes import run_python
+from rounds import table
+
+from fastscore.config import DEFAULT_MODEL
+
+NOTHING, HELP, FIRST_SCORE = "python -c pass", "fastscore --help", "first score"
+AIMS = {HELP: 0.5, FIRST_SCORE: 5.0}
+"""Seconds."""
+
+PROGRAM = """
+import json, sys, time
+begun = time.perf_counter()
+from fastscore import Scorer
+imported = time.perf_counter()
+scorer = Scorer(sys.argv[1], dtype=sys.argv[2])
+scorer.load()
+loaded = time.perf_counter()
+[score] = scorer.score([("The capital of France is", " Paris")])
+scored = time.perf_counter()
+parts = {"import": imported - begun, "load": loaded - imported, "score": scored - loaded}
+print(json.dumps({**parts, "nats": score.logprob}))
+"""
+
+
+def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
+    """Seconds of each round, and the parts of the first score as the program itself sees them."""
+    seconds: dict[str, list[float]] = {NOTHING: [], HELP: [], FIRST_SCORE: []}
+    parts: list[dict[str, float]] = []
+    for turn in range(rounds + 1):
+        nothing = run_python("-c", "pass")
+        shown = run_python("-m", "fastscore", "--help")
+        scored = run_python("-c", PROGRAM, model, dtype)
+        if not any("score" in line for line in shown.lines):
+            raise RuntimeError("fastscore --help did not name its commands")
+        told = json.loads(scored.lines[-1])
+        if not told.pop("nats") < 0:
+            raise RuntimeError("the first score is no log-probability")
+        if turn:
+            for name, ended in ((NOTHING, nothing), (HELP, shown), (FIRST_SCORE, scored)):
+                seconds[name].append(ended.seconds)
+            parts.append(told)
+    return {
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "first_score_parts": {name: statistics.median(each[name] for each in parts) for name in parts[0]},
+        "aims": AIMS,
+    }
+
+
+def show(report: Mapping[str, Any]) -> str:
+    rows = [
+        [name, f"{seconds:.2f}", f"{report['aims'][name]:.1f}" if name in report["aims"] else ""]
+        for name, seconds in report["median_seconds"].items()
+    ]
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report["first_score_parts"].items())
+    return f"{table(['', 'median s', 'aim s'], rows)}\nof the first score: {parts}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+
+    where = environment()
+    print(one_line(where), flush=True)
+    report = measure(options.model, options.dtype, options.rounds)
+    print(show(report))
+    if options.json is not None:
+        write_json(options.json, {"environment": where, "model": options.model, "rounds": options.rounds, **report})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ EXTRAS = {
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
-    {requirement for name in ("gguf", "lora", "device-map", "datasets", "quantize") for requirement in EXTRAS[name]}
+    {requirement for name in ("gguf", "lora", "device-map", "datasets") for requirement in EXTRAS[name]}
 )
 EXTRAS["dev"] = [
     *EXTRAS["all"],

@@ -21,7 +21,10 @@ from fastscore.config import (
     Answers,
     Combine,
     DType,
+    Forward,
     Overflow,
+    Quantize,
+    Residual,
     ScorerConfig,
     TaskConfig,
 )
@@ -56,6 +59,10 @@ class Scorer:
         adapter: str | None = None,
         trust_remote_code: bool = False,
         attention: str = "auto",
+        forward: Forward = "auto",
+        residual: Residual = "auto",
+        compiled: bool = False,
+        quantize: Quantize | None = None,
         max_batch_tokens: int | None = None,
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
         share_prefixes: bool = True,
@@ -72,6 +79,10 @@ class Scorer:
             adapter=adapter,
             trust_remote_code=trust_remote_code,
             attention=attention,
+            forward=forward,
+            residual=residual,
+            compiled=compiled,
+            quantize=quantize,
             max_batch_tokens=max_batch_tokens,
             window_tokens=window_tokens,
             share_prefixes=share_prefixes,
@@ -111,6 +122,9 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         attention: str = "auto",
+        forward: Forward = "auto",
+        residual: Residual = "auto",
+        compiled: bool = False,
         max_batch_tokens: int | None = None,
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
         share_prefixes: bool = True,
@@ -119,7 +133,8 @@ class Scorer:
     ) -> Scorer:
         """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
 
-        The model is changed: its attention runs packs from now on.
+        The model is changed: its attention runs packs from now on, and weights that are multiplied together become
+        parts of one.
 
         Raises:
             ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
@@ -130,6 +145,9 @@ class Scorer:
             name,
             device=str(model.device),
             attention=attention,
+            forward=forward,
+            residual=residual,
+            compiled=compiled,
             max_batch_tokens=max_batch_tokens,
             window_tokens=window_tokens,
             share_prefixes=share_prefixes,
@@ -252,6 +270,8 @@ class Scorer:
             "dtype": str(model.dtype).removeprefix("torch."),
             "mode": model.mode,
             "mode_reason": model.reason,
+            "forward": model.forward_name,
+            "quantize": self.config.quantize,
             "attention": model.provider.name if model.provider is not None else "model's own",
             "answer_nll": answer_nll_path(model.device),
             "max_batch_tokens": model.max_batch_tokens,

@@ -18,6 +18,7 @@ EXTRAS = {
     "device-map": [ACCELERATE],
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
+    "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
@@ -26,6 +27,7 @@ EXTRAS["all"] = sorted(
 EXTRAS["dev"] = [
     *EXTRAS["all"],
     *EXTRAS["bench"],
+    *EXTRAS["lm-eval"],
     "hypothesis>=6.130",
     "mypy>=1.15",
     "pytest>=8.3",

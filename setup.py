@@ -19,6 +19,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
     "quantize": ["torchao>=0.18,<1"],
+    "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
@@ -27,6 +28,7 @@ EXTRAS["all"] = sorted(
 EXTRAS["dev"] = [
     *EXTRAS["all"],
     *EXTRAS["bench"],
+    *EXTRAS["lm-eval"],
     "hypothesis>=6.130",
     "mypy>=1.15",
     "pytest>=8.3",

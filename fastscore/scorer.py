@@ -96,7 +96,7 @@ class Scorer:
         self._set_up(hf_config, load_tokenizer(self._source, self.config), self._source.path)
 
     def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
-        self._hf_config = hf_config
+        self.hf_config = hf_config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
@@ -164,7 +164,7 @@ class Scorer:
 
     @cached_property
     def _model(self) -> LanguageModel:
-        return load_model(self._source, self.config, self._hf_config)
+        return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
         """Score text pairs ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
@@ -174,7 +174,9 @@ class Scorer:
         """
         return self._score_pairs([Pair(prompt, answer) for prompt, answer in pairs])
 
-    def score_tokens(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[AnswerScore]:
+    def score_tokens(
+        self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], on_progress: Progress | None = None
+    ) -> list[AnswerScore]:
         """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
 
         Each may be a list, an array or a tensor of one dimension.
@@ -182,16 +184,22 @@ class Scorer:
         Raises:
             InputError: as for :meth:`score`, or an id outside the vocabulary.
         """
-        return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs])
+        return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs], on_progress)
 
-    def score_requests(self, requests: Sequence[ScoringRequest], plan: Plan | None = None) -> list[AnswerScore]:
+    def score_requests(
+        self,
+        requests: Sequence[ScoringRequest],
+        plan: Plan | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> list[AnswerScore]:
         """Score requests that were tokenised before, and planned where ``plan`` is given.
 
         Raises:
             RuntimeError: a score that is no number.
         """
         plan = self._model.plan(requests) if plan is None else plan
-        return Launch(self._model, plan, requests, self.stats).scores("pair {}".format)
+        return Launch(self._model, plan, requests, self.stats, on_progress).scores("pair {}".format)
 
     def score_rows(
         self,
@@ -263,7 +271,7 @@ class Scorer:
             "model": self.config.model,
             "model_path": self.model_path,
             "revision": self.config.revision,
-            "commit": getattr(self._hf_config, "_commit_hash", None),
+            "commit": getattr(self.hf_config, "_commit_hash", None),
             "adapter": self.config.adapter,
             "architecture": type(model.model).__name__,
             "device": str(model.device),
@@ -294,13 +302,13 @@ class Scorer:
             yield window, load().plan(window.requests)
             del window  # not in memory while the next is read
 
-    def _score_pairs(self, pairs: Sequence[Pair]) -> list[AnswerScore]:
+    def _score_pairs(self, pairs: Sequence[Pair], on_progress: Progress | None = None) -> list[AnswerScore]:
         requests: list[ScoringRequest] = []
         for index, result in enumerate(self._pair_tokenizer.encode(pairs)):
             if isinstance(result, InputError):
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
-        return self.score_requests(requests)
+        return self.score_requests(requests, on_progress=on_progress)
 
 
 def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:

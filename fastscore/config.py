@@ -77,11 +77,21 @@ class ScorerConfig:
         _check_choice("residual", self.residual, get_args(Residual))
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, get_args(Quantize))
-        if self.forward == "model" and (self.residual == "fp32" or self.compiled):
+        if self.forward == "model" and self.own_forward_option:
             raise ValueError("residual fp32 and compile belong to fastscore's own forward pass, not to forward model")
         if self.max_batch_tokens is not None:
             _check_positive("max_batch_tokens", self.max_batch_tokens)
         _check_positive("window_tokens", self.window_tokens)
+
+    @property
+    def own_forward_option(self) -> str:
+        """The option that only fastscore's own forward pass can serve, or ""."""
+        asked = {
+            "forward own": self.forward == "own",
+            "residual fp32": self.residual == "fp32",
+            "compile": self.compiled,
+        }
+        return next((name for name, value in asked.items() if value), "")
 
 
 @dataclass(frozen=True, slots=True)

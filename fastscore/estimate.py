@@ -193,12 +193,14 @@ def _report(
     start_up: float,
     checking: float,
 ) -> dict[str, Any]:
+    from fastscore.pipeline import runs_beside_host  # with torch, which the checks before must not wait for
+
     described = scorer.describe()
     per_token, half = sample.seconds_per_token, sample.half_width(round(counts.packs * whole))
     tokens = counts.tokens_computed * whole
     bounds = None if half is None else (max(0.0, per_token - half), per_token + half)
     preparing = counts.seconds * whole
-    beside = scorer.load().device.type != "cpu"
+    beside = runs_beside_host(scorer.load().device)
 
     def total(model_seconds: float) -> float:
         if not beside:

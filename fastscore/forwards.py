@@ -40,10 +40,8 @@ def choose_forward(model: PreTrainedModel, config: ScorerConfig, needs: Attentio
     found = _own_forward(model, config, provider)
     if isinstance(found, ChosenForward):
         return found
-    if config.forward == "own" or config.residual == "fp32" or config.compiled:
-        asked = {"forward own": config.forward == "own", "residual fp32": config.residual == "fp32"}
-        option = next((name for name, value in asked.items() if value), "compile")
-        raise InputError(f"{option} is not possible with this model: {found}")
+    if config.own_forward_option:
+        raise InputError(f"{config.own_forward_option} is not possible with this model: {found}")
     logger.info("the model's own layers run: %s", found)
     return ChosenForward(provider, ModelForward(model, provider.load()), f"the model's own layers: {found}")
 

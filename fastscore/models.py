@@ -126,7 +126,7 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
     _check_head(model, head, device)
     if config.deterministic and mode != "packed":
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
-    if chosen is None and (config.forward == "own" or config.residual == "fp32" or config.compiled):
+    if chosen is None and config.own_forward_option:
         raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
     loaded = LanguageModel(
         model=model,

@@ -182,6 +182,10 @@ class PackedBatch:
     def num_segments(self) -> int:
         return len(self.query_start_S)
 
+    def narrowed(self, sliding_window: int | None) -> int | None:
+        """The window where it hides a key of this pack, otherwise None."""
+        return sliding_window if sliding_window is not None and sliding_window < self.max_seqlen_k else None
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same pack with its tensors on the device."""
         return _to_device(self, device)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from bench_inputs import load, random_pairs
 from tiny_models import TRAINING_TEXT, make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from truth import alone
 
 from fastscore import Scorer
@@ -27,19 +28,6 @@ from environment import environment, one_line, write_json  # noqa: E402
 from padded import pick_batch_size, score_padded, score_padded_tuned  # noqa: E402
 from rounds import interleave, medians, table  # noqa: E402
 from workload import TokenPair, read_workload, spread_sample  # noqa: E402
-
-
-def random_pairs(seed: int, count: int = 11, alphabet: int = 512) -> list[TokenPair]:
-    draw = random.Random(seed)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(alphabet) for _ in range(length))
-
-    return [(ids(draw.choice([1, 2, 9, 40])), ids(draw.choice([1, 2, 6]))) for _ in range(count)]
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import subprocess
 import sys
 import time
@@ -14,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_inputs import load, random_pairs
 from safetensors import safe_open
 from tiny_models import make_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from truth import alone
 
 from fastscore import Scorer
@@ -35,19 +35,6 @@ from rounds import Timed, interleave, medians  # noqa: E402
 from workload import TokenPair, Workload  # noqa: E402
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
-
-
-def random_pairs(seed: int, count: int = 11, alphabet: int = 512) -> list[TokenPair]:
-    draw = random.Random(seed)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(alphabet) for _ in range(length))
-
-    return [(ids(draw.choice([1, 2, 9, 40])), ids(draw.choice([1, 2, 6]))) for _ in range(count)]
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from bench_inputs import load
 from tiny_models import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from fastscore import Scorer
 from fastscore.packing import cut_pack
@@ -31,10 +32,6 @@ import test_planning as planning  # noqa: E402
 from contenders import NO_TREE, OURS, PADDED, TUNED, padded_tokens  # noqa: E402
 from sharing_workload import choice_questions, first_queries, keeping_share, sharing  # noqa: E402
 from workload import TokenPair, Workload  # noqa: E402
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

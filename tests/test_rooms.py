@@ -88,7 +88,7 @@ ROOMS |= {
     "__init__": room(4, "scorer types"),
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types", TERMINAL),
-    "estimate": room(4, f"{_EDGE} run_files", frozenset({"torch"})),
+    "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),

@@ -17,7 +17,7 @@ from fastscore.ranges import ranges
 WASTED_SCORES = 1024
 """Scores of padding, all heads, that a span may bring to a batch: less than another call costs."""
 ALIGNMENT = 16
-"""Keys of a batch are filled up to a multiple of this; products of other widths run at four fifths of the rate."""
+"""Keys of a batch are filled up to a multiple of this; products of other widths are slower."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Varlen attention on a CPU: batched matrix products over spans of segments, and a softmax in fp32 between them.
 
-torch's own fused attention for CPUs works in small blocks and reaches a sixth of the rate of a plain matrix product;
-two products with the scores between them in cache are faster (``bench/test_cpu_attention.py``). Queries and keys are
-multiplied in fp32 whatever their dtype, weights and values in the values' dtype.
+torch's own fused attention for CPUs works in small blocks; two products with the scores between them in cache are
+faster. ``bench/test_cpu_attention.py`` measures it. Queries and keys are multiplied in fp32 whatever their dtype,
+weights and values in the values' dtype.
 
 Shapes: T packed tokens, C + T key space, H query heads, K key-value heads, G = H / K, d head size; B spans of a batch,
 R queries and k keys of each.
@@ -29,7 +29,7 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :class:`fastscore.attention.Attend`; queries and keys may be wider than the values."""
-    window = sliding_window if sliding_window is not None and sliding_window < pack.max_seqlen_k else None
+    window = pack.narrowed(sliding_window)
     num_tokens, num_heads, _ = query_THd.shape
     num_kv = key_TKd.shape[1]
     group = num_heads // num_kv

@@ -67,7 +67,7 @@ def attend_varlen(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """A provider's ``attend``, given the library's function."""
-    window = sliding_window if sliding_window is not None and sliding_window < pack.max_seqlen_k else None
+    window = pack.narrowed(sliding_window)
     rest, layers = _calls(pack, window, query_THd.device)
 
     def run(call: VarlenCall, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -80,9 +80,7 @@ def estimate(
 
     reporter.scoring(total_pairs)
     started = time.perf_counter()
-    from fastscore.scorer import Scorer
-
-    scorer = Scorer.from_config(scorer_config)
+    scorer = fastscore.Scorer.from_config(scorer_config)
     model = scorer.load()
     start_up = time.perf_counter() - started
 
@@ -119,10 +117,11 @@ def _read(
     windows = scorer.plan_windows(islice(rows, max_rows), task_config, on_bad_row=bad_row if skip_bad_rows else None)
     while True:
         started = time.perf_counter()
-        window, plan = next(windows, (None, None))
+        planned = next(windows, None)
         counts.seconds += time.perf_counter() - started
-        if window is None:
+        if planned is None:
             break
+        window, plan = planned
         counts.first_window_seconds = counts.first_window_seconds or counts.seconds
         counts.rows += len(window.rows)
         counts.pairs += len(window.requests)
@@ -139,7 +138,7 @@ def _read(
             elif place < KEPT_PACKS:
                 kept[place] = pack
         reporter.preparing(counts.pairs)
-        del window, plan
+        del planned, window, plan
     counts.is_part = next(rows, None) is not None
     if not kept:
         raise InputError("no row can be scored", path=str(inputs[0]))

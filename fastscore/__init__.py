@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """``Scorer`` brings torch and transformers with it, so it is imported when it is asked for."""
     if name == "Scorer":
-        from fastscore.scorer import Scorer
+        from fastscore.garbage import collection_paused
+
+        with collection_paused():
+            from fastscore.scorer import Scorer
 
         return Scorer
     if name in ("AnswerScore", "InputError"):

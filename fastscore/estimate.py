@@ -80,9 +80,7 @@ def estimate(
 
     reporter.scoring(total_pairs)
     started = time.perf_counter()
-    from fastscore.scorer import Scorer
-
-    scorer = Scorer.from_config(scorer_config)
+    scorer = fastscore.Scorer.from_config(scorer_config)
     model = scorer.load()
     start_up = time.perf_counter() - started
 
@@ -140,7 +138,7 @@ def _read(
             elif place < KEPT_PACKS:
                 kept[place] = pack
         reporter.preparing(counts.pairs)
-        del window, plan
+        del planned, window, plan
     counts.is_part = next(rows, None) is not None
     if not kept:
         raise InputError("no row can be scored", path=str(inputs[0]))

@@ -119,9 +119,7 @@ def run_files(
 
     reporter.scoring(total_pairs)
 
-    from fastscore.scorer import Scorer
-
-    scorer = Scorer.from_config(scorer_config)
+    scorer = fastscore.Scorer.from_config(scorer_config)
     total = Tally(stats=scorer.stats)
     for job in jobs:
         tally = _run_job(job, scorer, task_config, reporter, skip_bad_rows)

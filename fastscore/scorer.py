@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from itertools import islice
@@ -28,6 +28,7 @@ from fastscore.config import (
     ScorerConfig,
     TaskConfig,
 )
+from fastscore.garbage import collection_paused
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
 from fastscore.model_source import resolve_model
@@ -92,8 +93,9 @@ class Scorer:
             device_map=device_map,
         )
         self._source = resolve_model(model)
-        hf_config = load_config(self._source, self.config)
-        self._set_up(hf_config, load_tokenizer(self._source, self.config), self._source.path)
+        with collection_paused():
+            hf_config, tokenizer = (load(self._source, self.config) for load in (load_config, load_tokenizer))
+        self._set_up(hf_config, tokenizer, self._source.path)
 
     def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
         self.hf_config = hf_config
@@ -231,7 +233,7 @@ class Scorer:
         *,
         on_bad_row: OnBadRow | None = None,
         on_progress: Progress | None = None,
-    ) -> Iterator[ScoredRow]:
+    ) -> Generator[ScoredRow, None, None]:
         """Score rows as they come, a window at a time, in input order.
 
         A bad row raises, or is handed to ``on_bad_row`` and left out. On any device but a CPU, ``rows`` are read and

@@ -221,7 +221,7 @@ def test_a_peer_that_is_absent_is_left_out_with_a_reason(
     assert "vllm is left out: no environment named: --vllm-python or FASTSCORE_VLLM_PYTHON" in printed.err
     written = json.loads(out.read_text("utf-8"))
     assert set(written["left_out"]) == {LM_EVAL, VLLM}
-    assert written["left_out"][LM_EVAL].startswith("not installed: pip install 'lm-eval")
+    assert written["left_out"][LM_EVAL].startswith("not installed: pip install 'fastscore[lm-eval]'")
     assert set(written["contenders"]) == {OURS, PADDED, TUNED}
     assert written["disagreeing"] == []
     assert str(llama) not in json.dumps(written["contenders"][OURS]["settings"].get("model_path", ""))

@@ -1,4 +1,4 @@
-"""The peer ``lm-eval``: lm-evaluation-harness's HFLM on the same weights and token ids (``pip install 'fastscore[lm-eval]'``)."""
+"""The peer ``lm-eval``: lm-evaluation-harness's HFLM on the same weights and ids (``fastscore[lm-eval]``)."""
 
 from __future__ import annotations
 

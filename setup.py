@@ -19,14 +19,17 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
     "quantize": ["torchao>=0.18,<1"],
+    "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
+    "report": ["jinja2>=3.1,<4", "vl-convert-python>=1.9,<2"],
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
 }
 EXTRAS["all"] = sorted(
-    {requirement for name in ("gguf", "lora", "device-map", "datasets", "quantize") for requirement in EXTRAS[name]}
+    {requirement for name in ("gguf", "lora", "device-map", "datasets", "report") for requirement in EXTRAS[name]}
 )
 EXTRAS["dev"] = [
     *EXTRAS["all"],
     *EXTRAS["bench"],
+    *EXTRAS["lm-eval"],
     "hypothesis>=6.130",
     "mypy>=1.15",
     "pytest>=8.3",
@@ -46,9 +49,20 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastscore", "fastscore.attention", "fastscore.decoder", "fastscore.integrations", "fastscore_kernels"],
+    packages=[
+        "fastscore",
+        "fastscore.attention",
+        "fastscore.decoder",
+        "fastscore.integrations",
+        "fastscore.report",
+        "fastscore_kernels",
+    ],
     package_dir={"fastscore_kernels": "kernels"},
-    package_data={"fastscore": ["py.typed"], "fastscore_kernels": ["py.typed", "*.json"]},
+    package_data={
+        "fastscore": ["py.typed"],
+        "fastscore.report": ["templates/*"],
+        "fastscore_kernels": ["py.typed", "*.json"],
+    },
     install_requires=[
         "numpy>=1.26",
         "platformdirs>=4.2,<5",

@@ -41,6 +41,7 @@ def bench(
     adapter: opt.Adapter = None,
     revision: opt.Revision = None,
     dtype: opt.DTypeName = "auto",
+    quantize: opt.QuantizeHow = None,
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -56,6 +57,9 @@ def bench(
     window_tokens: opt.WindowTokens = DEFAULT_WINDOW_TOKENS,
     deterministic: opt.Deterministic = False,
     attention: opt.Attention = "auto",
+    forward: opt.ForwardHow = "auto",
+    residual: opt.ResidualType = "auto",
+    compiled: opt.Compiled = False,
     quiet: opt.Quiet = False,
     json: Annotated[
         bool,

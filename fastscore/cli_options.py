@@ -164,6 +164,40 @@ Attention = Annotated[
     str,
     typer.Option(metavar="NAME", help="Attention provider; fastscore doctor lists them.", rich_help_panel=RUNNING),
 ]
+ForwardHow = Annotated[
+    str,
+    typer.Option(
+        metavar="WHOSE",
+        help="Whose layers run: own (fastscore's, for the families it knows), model (the model's own), or auto.",
+        rich_help_panel=RUNNING,
+    ),
+]
+ResidualType = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="Residual stream between fastscore's own layers: fp32, or model (the model's dtype). auto is fp32.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        metavar=NO_VALUE,
+        help="Element-wise work through torch.compile; takes a minute the first time.",
+        rich_help_panel=RUNNING,
+    ),
+]
+QuantizeHow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Linear layers in int8 or fp8 (torchao; scores change).",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", metavar=NO_VALUE, help="Only warnings and errors.", rich_help_panel=RUNNING),

@@ -55,6 +55,7 @@ def score(
     adapter: opt.Adapter = None,
     revision: opt.Revision = None,
     dtype: opt.DTypeName = "auto",
+    quantize: opt.QuantizeHow = None,
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -70,6 +71,9 @@ def score(
     window_tokens: opt.WindowTokens = DEFAULT_WINDOW_TOKENS,
     deterministic: opt.Deterministic = False,
     attention: opt.Attention = "auto",
+    forward: opt.ForwardHow = "auto",
+    residual: opt.ResidualType = "auto",
+    compiled: opt.Compiled = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Score every candidate of every row: how likely does it make the answer?

@@ -31,6 +31,8 @@ OPTIONAL = (
     Optional("peft", "LoRA adapters", "pip install 'fastscore[lora]'"),
     Optional("accelerate", "--device-map", "pip install 'fastscore[device-map]'"),
     Optional("flash-attn", "faster attention on CUDA", "pip install 'fastscore[flash-attn]'"),
+    Optional("lm-eval", "fastscore lm-eval", "pip install 'fastscore[lm-eval]'"),
+    Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 

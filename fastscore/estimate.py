@@ -119,10 +119,11 @@ def _read(
     windows = scorer.plan_windows(islice(rows, max_rows), task_config, on_bad_row=bad_row if skip_bad_rows else None)
     while True:
         started = time.perf_counter()
-        window, plan = next(windows, (None, None))
+        planned = next(windows, None)
         counts.seconds += time.perf_counter() - started
-        if window is None:
+        if planned is None:
             break
+        window, plan = planned
         counts.first_window_seconds = counts.first_window_seconds or counts.seconds
         counts.rows += len(window.rows)
         counts.pairs += len(window.requests)

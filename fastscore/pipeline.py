@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 
 import torch
@@ -32,7 +32,7 @@ def runs_beside_host(device: torch.device) -> bool:
 
 def score_in_turn(
     rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Window, Plan], Launch]
-) -> Iterator[tuple[Window, list[AnswerScore]]]:
+) -> Generator[tuple[Window, list[AnswerScore]], None, None]:
     """Each window read, tokenised, planned and scored before the next, in the caller's thread."""
     for window, plan in prepare(rows, load):
         yield window, launch(window, plan).scores(window.place)
@@ -41,7 +41,7 @@ def score_in_turn(
 
 def score_beside(
     rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Window, Plan], Launch]
-) -> Iterator[tuple[Window, list[AnswerScore]]]:
+) -> Generator[tuple[Window, list[AnswerScore]], None, None]:
     """The same, with the next window prepared in a thread, and its first batches queued before scores are waited for.
 
     The first window is prepared while the model is loaded. A file of one window overlaps with nothing else, and is

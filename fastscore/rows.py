@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fastscore.json_stream import Record, iter_records, open_stream
 from fastscore.types import InputError, Row
 
 OnError = Callable[[InputError, "str | None"], None]
+_File = TypeVar("_File", bound="WholeFile")
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -113,10 +114,10 @@ def _check_text(text: str, field: str) -> None:
         raise InputError(f"contains the lone surrogate U+{ord(found[0]):04X} at character {found.start()}", field=field)
 
 
-class RowWriter:
-    """Writes a JSON Lines file (gzip when the name ends in ``.gz``) that appears when it is whole, or not at all.
+class WholeFile:
+    """Writes a file (gzip when the name ends in ``.gz``) that appears when it is whole, or not at all.
 
-    The rows go to a hidden file beside the target, which replaces the target on a clean exit and is removed after
+    The bytes go to a hidden file beside the target, which replaces the target on a clean exit and is removed after
     an exception. A symbolic link stays and what it points to is replaced; permissions are kept.
 
     Raises:
@@ -128,7 +129,7 @@ class RowWriter:
         self._stack = ExitStack()
         self._out: BinaryIO | gzip.GzipFile | None = None
 
-    def __enter__(self) -> RowWriter:
+    def __enter__(self: _File) -> _File:
         try:
             self._open()
         except InputError:
@@ -171,25 +172,11 @@ class RowWriter:
             raise self._error("cannot be written: it is read-only")
         return stat.S_IMODE(found.st_mode)
 
-    def write(self, data: Mapping[str, Any]) -> None:
-        """Add one row.
-
-        Raises:
-            InputError: a text that UTF-8 can't hold.
-        """
+    def write_bytes(self, data: bytes) -> None:
+        """Add these bytes."""
         if self._out is None:
-            raise RuntimeError("RowWriter writes inside its with block only")
-        try:
-            line = _encode(dict(data)).encode("utf-8")
-        except UnicodeEncodeError:
-            try:
-                _check_encodable(data)
-            except InputError as error:
-                raise error.at(path=str(self.path)) from None
-            raise
-        except RecursionError as error:
-            raise self._error("brackets are nested too deeply") from error
-        self._out.write(line + b"\n")
+            raise RuntimeError(f"{type(self).__name__} writes inside its with block only")
+        self._out.write(data)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -211,6 +198,28 @@ class RowWriter:
 
     def _error(self, message: str) -> InputError:
         return InputError(message, path=str(self.path))
+
+
+class RowWriter(WholeFile):
+    """A whole file of JSON Lines."""
+
+    def write(self, data: Mapping[str, Any]) -> None:
+        """Add one row.
+
+        Raises:
+            InputError: a text that UTF-8 can't hold.
+        """
+        try:
+            line = _encode(dict(data)).encode("utf-8")
+        except UnicodeEncodeError:
+            try:
+                _check_encodable(data)
+            except InputError as error:
+                raise error.at(path=str(self.path)) from None
+            raise
+        except RecursionError as error:
+            raise self._error("brackets are nested too deeply") from error
+        self.write_bytes(line + b"\n")
 
 
 def scored_path(input_path: str | Path, save_name: str) -> Path:

@@ -21,7 +21,10 @@ from fastscore.config import (
     Answers,
     Combine,
     DType,
+    Forward,
     Overflow,
+    Quantize,
+    Residual,
     ScorerConfig,
     TaskConfig,
 )
@@ -56,6 +59,10 @@ class Scorer:
         adapter: str | None = None,
         trust_remote_code: bool = False,
         attention: str = "auto",
+        forward: Forward = "auto",
+        residual: Residual = "auto",
+        compiled: bool = False,
+        quantize: Quantize | None = None,
         max_batch_tokens: int | None = None,
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
         share_prefixes: bool = True,
@@ -72,6 +79,10 @@ class Scorer:
             adapter=adapter,
             trust_remote_code=trust_remote_code,
             attention=attention,
+            forward=forward,
+            residual=residual,
+            compiled=compiled,
+            quantize=quantize,
             max_batch_tokens=max_batch_tokens,
             window_tokens=window_tokens,
             share_prefixes=share_prefixes,
@@ -85,7 +96,7 @@ class Scorer:
         self._set_up(hf_config, load_tokenizer(self._source, self.config), self._source.path)
 
     def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
-        self._hf_config = hf_config
+        self.hf_config = hf_config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
@@ -111,6 +122,9 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         attention: str = "auto",
+        forward: Forward = "auto",
+        residual: Residual = "auto",
+        compiled: bool = False,
         max_batch_tokens: int | None = None,
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
         share_prefixes: bool = True,
@@ -119,7 +133,8 @@ class Scorer:
     ) -> Scorer:
         """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
 
-        The model is changed: its attention runs packs from now on.
+        The model is changed: its attention runs packs from now on, and weights that are multiplied together become
+        parts of one.
 
         Raises:
             ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
@@ -130,6 +145,9 @@ class Scorer:
             name,
             device=str(model.device),
             attention=attention,
+            forward=forward,
+            residual=residual,
+            compiled=compiled,
             max_batch_tokens=max_batch_tokens,
             window_tokens=window_tokens,
             share_prefixes=share_prefixes,
@@ -146,7 +164,7 @@ class Scorer:
 
     @cached_property
     def _model(self) -> LanguageModel:
-        return load_model(self._source, self.config, self._hf_config)
+        return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
         """Score text pairs ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
@@ -156,7 +174,9 @@ class Scorer:
         """
         return self._score_pairs([Pair(prompt, answer) for prompt, answer in pairs])
 
-    def score_tokens(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[AnswerScore]:
+    def score_tokens(
+        self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], on_progress: Progress | None = None
+    ) -> list[AnswerScore]:
         """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
 
         Each may be a list, an array or a tensor of one dimension.
@@ -164,16 +184,22 @@ class Scorer:
         Raises:
             InputError: as for :meth:`score`, or an id outside the vocabulary.
         """
-        return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs])
+        return self._score_pairs([Pair(_ids(prompt), _ids(answer)) for prompt, answer in pairs], on_progress)
 
-    def score_requests(self, requests: Sequence[ScoringRequest], plan: Plan | None = None) -> list[AnswerScore]:
+    def score_requests(
+        self,
+        requests: Sequence[ScoringRequest],
+        plan: Plan | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> list[AnswerScore]:
         """Score requests that were tokenised before, and planned where ``plan`` is given.
 
         Raises:
             RuntimeError: a score that is no number.
         """
         plan = self._model.plan(requests) if plan is None else plan
-        return Launch(self._model, plan, requests, self.stats).scores("pair {}".format)
+        return Launch(self._model, plan, requests, self.stats, on_progress).scores("pair {}".format)
 
     def score_rows(
         self,
@@ -245,13 +271,15 @@ class Scorer:
             "model": self.config.model,
             "model_path": self.model_path,
             "revision": self.config.revision,
-            "commit": getattr(self._hf_config, "_commit_hash", None),
+            "commit": getattr(self.hf_config, "_commit_hash", None),
             "adapter": self.config.adapter,
             "architecture": type(model.model).__name__,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "mode": model.mode,
             "mode_reason": model.reason,
+            "forward": model.forward_name,
+            "quantize": self.config.quantize,
             "attention": model.provider.name if model.provider is not None else "model's own",
             "answer_nll": answer_nll_path(model.device),
             "max_batch_tokens": model.max_batch_tokens,
@@ -274,13 +302,13 @@ class Scorer:
             yield window, load().plan(window.requests)
             del window  # not in memory while the next is read
 
-    def _score_pairs(self, pairs: Sequence[Pair]) -> list[AnswerScore]:
+    def _score_pairs(self, pairs: Sequence[Pair], on_progress: Progress | None = None) -> list[AnswerScore]:
         requests: list[ScoringRequest] = []
         for index, result in enumerate(self._pair_tokenizer.encode(pairs)):
             if isinstance(result, InputError):
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
-        return self.score_requests(requests)
+        return self.score_requests(requests, on_progress=on_progress)
 
 
 def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:

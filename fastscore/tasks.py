@@ -68,7 +68,7 @@ def make_task(config: TaskConfig, row: Row) -> Task:
     if name is None:
         raise row.error(f"missing; expected one of {', '.join(TASKS)} here or as --task", "task")
     if not isinstance(name, str) or name not in TASKS:
-        raise row.error(f"expected one of {', '.join(TASKS)}, found {_describe(name)}", "task")
+        raise row.error(f"expected one of {', '.join(TASKS)}, found {describe(name)}", "task")
     return Task(name, _TEMPLATES.get(name))
 
 
@@ -191,7 +191,7 @@ def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> l
         raise _mistyped(row, field, expected, found)
     for index, answer in enumerate(found):
         if not isinstance(answer, str):
-            raise row.error(f"expected a string, found {_describe(answer)}", f"{field}[{index}]")
+            raise row.error(f"expected a string, found {describe(answer)}", f"{field}[{index}]")
     candidates = found[:1] if which == "first" else found
     checked = [_answer(row, answer, f"{field}[{index}]") for index, answer in enumerate(candidates)]
     if which == "sample":
@@ -205,7 +205,7 @@ def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> l
 def _answer(row: Row, value: Any, field: str) -> str:
     text = _checked(row, value, field)
     if not text.strip():
-        raise row.error(f"the answer is empty, found {_describe(text)}", field)
+        raise row.error(f"the answer is empty, found {describe(text)}", field)
     return text
 
 
@@ -239,17 +239,17 @@ def _token_ids(row: Row, value: Any, field: str) -> tuple[int, ...]:
         raise _mistyped(row, field, "a list of token ids", value)
     if not set(map(type, value)) <= {int} or (value and min(value) < 0):
         index = next(i for i, token in enumerate(value) if type(token) is not int or token < 0)
-        raise row.error(f"expected a whole number of at least 0, found {_describe(value[index])}", f"{field}[{index}]")
+        raise row.error(f"expected a whole number of at least 0, found {describe(value[index])}", f"{field}[{index}]")
     return tuple(value)
 
 
 def _mistyped(row: Row, field: str, expected: str, value: Any) -> InputError:
     if value is None and field not in row.data and not field.endswith("]"):
         return row.error(f"missing; expected {expected}", field)
-    return row.error(f"expected {expected}, found {_describe(value)}", field)
+    return row.error(f"expected {expected}, found {describe(value)}", field)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     """A value in a few words on one line, whatever its size."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)

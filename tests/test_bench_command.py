@@ -113,7 +113,7 @@ def test_what_it_shows(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtur
     rows = write_rows(tmp_path / "r.jsonl", many_rows(30))
     options = ("bench", rows, "-m", model, "--max-batch-tokens", "100", "--dtype", "fp32")
     status, out, err = run(capsys, *options)
-    assert (status, err) == (0, "fastscore: cpu, fp32, packed, attention by sdpa\n")
+    assert (status, err) == (0, "fastscore: cpu, fp32, packed, attention by dense\n")
     for said in ("float32", "90", "tokens/s", "weights 0.", "peak of the process", "about "):
         assert said in out
     assert "too few packs" in run(capsys, *options, "--seconds", "0.0001")[1]

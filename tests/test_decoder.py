@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastscore.models import prepare_model
 from fastscore.packed_forward import ATTENTION_NAME, ModelForward, body_of
 from fastscore.packing import cut_pack
 from fastscore.prefix_tree import build_prefix_tree
+from fastscore.quantize import quantize_linears
 from fastscore.types import CarriedKeys, InputError, ScoringRequest
 
 OWN = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "gemma", "gemma2", "gemma3_text"]
@@ -158,6 +160,29 @@ def test_quantised_or_spread_models_are_left_alone(tmp_path: Path) -> None:
     odd.weight = layer.down_proj.weight
     layer.down_proj = odd
     assert read_decoder(model, body_of(model)) == "its linear layers are not plain ones"
+
+
+def test_quantising_asks_for_what_it_needs(tmp_path: Path) -> None:
+    model = plain_model(make_tiny_model(tmp_path, "llama"))
+    with pytest.raises(InputError, match="quantize int8 needs a model in bf16 or fp16"):
+        quantize_linears(model, "int8")
+    with pytest.raises(InputError, match="quantize fp8 needs a CUDA device"):
+        quantize_linears(model.bfloat16(), "fp8")
+    if find_spec("torchao") is None:
+        with pytest.raises(InputError, match=r"pip install 'fastscore\[quantize\]'"):
+            quantize_linears(model, "int8")
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs the extra [quantize]")
+def test_int8_scores_are_near(tmp_path: Path) -> None:
+    from fastscore import Scorer
+
+    folder = str(make_tiny_model(tmp_path, "llama"))
+    pairs = [(r.token_ids[: r.answer_start], r.token_ids[r.answer_start :]) for r in requests()]
+    exact = Scorer(folder, dtype="bf16", device="cpu").score_tokens(pairs)
+    eight = Scorer(folder, dtype="bf16", device="cpu", quantize="int8").score_tokens(pairs)
+    differences = [abs(a.mean_logprob - b.mean_logprob) for a, b in zip(exact, eight, strict=True)]
+    assert 0 < sum(differences) / len(differences) < 0.2
 
 
 def test_bad_combinations_are_refused() -> None:

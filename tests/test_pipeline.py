@@ -187,14 +187,13 @@ def test_leaving_early_ends_the_thread(llama: Path, beside: None) -> None:
     assert [scored.row.line for scored in scorer.stream_rows(rows(3), CHOICES)] == [1, 2, 3], "it can be used again"
 
 
-def test_a_model_that_fails_ends_the_thread(llama: Path, beside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_ends_the_thread(llama: Path, beside: None) -> None:
     scorer = scorer_of(llama)
-    scorer.load()
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("fastscore.language_model.packed_hidden", fail)
+    scorer.load().forward = fail
     scorer.load().max_batch_tokens = 8
     with pytest.raises(torch.OutOfMemoryError):
         list(scorer.stream_rows(endless(), CHOICES))

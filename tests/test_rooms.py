@@ -90,20 +90,22 @@ ROOMS |= {
     "terminal": room(4, "run_files types", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
-    "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "ray"}),
-    "report/": room(4, _EDGE, frozenset({"rich"})),
+    "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
+    "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-for _name in ("cli_options", "cli_score", "cli_bench"):
+for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
+ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
 ROOMS["cli"] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["__main__"] = room(4, "cli")
 
 # The members of these never import one another, not even lazily.
-SEPARATE_MEMBERS = ("integrations/", "report/")
+SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-LIGHT = ("__main__", "__init__", "cli", "cli_options", "cli_score", "cli_bench", "types", "config")
+COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_lm_eval", "cli_report")
+LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 

@@ -237,7 +237,12 @@ def small_workload() -> Workload:
 def test_vllm_has_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    values = worker_environment()
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    (tmp_path / "lib").mkdir()
+    openmp = tmp_path / "lib" / "libiomp5.so"
+    openmp.touch()
+    values = worker_environment(tmp_path / "bin" / "python")
+    assert values["LD_PRELOAD"].split(":")[-1] == str(openmp)
     assert "PYTHONPATH" not in values
     assert "OMP_NUM_THREADS" not in values
     assert len(values["VLLM_CPU_OMP_THREADS_BIND"].split(",")) <= torch.get_num_threads()

@@ -2,6 +2,8 @@
 
     python bench/gpu_end_to_end.py --json OUT.json
 
+Then the answer-NLL kernel alone, by ``gpu_kernel.py``, in what is left of the time; its figures are in OUT.kernel.json.
+
 Weights are random (nothing is downloaded) and token ids, too: the time of a dense model does not depend on them. Every
 cell, a model with passages and answers of some lengths, is checked for agreement first and then timed by turns; the
 limit is the rate of the model's own matrix products, measured in the same rounds. Results are written after every cell.
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +186,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions-per-passage", type=int, default=1, help="above 1, pairs share prefixes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gemm-repeats", type=int, default=16, help="decoder layers in the limit's measurement")
-    parser.add_argument("--limit-seconds", type=float, default=540)
+    parser.add_argument("--limit-seconds", type=float, default=540, help="for everything")
+    parser.add_argument(
+        "--kernel-seconds", type=float, help="of these, kept for gpu_kernel.py; 0 leaves it out (150, on a CPU 0)"
+    )
+    parser.add_argument("--wheels", type=Path, help="gpu_kernel.py's: a folder with wheels of its peers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--attention", default="auto")
@@ -192,12 +200,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.answers = options.answers or ([2, 5] if options.tiny else [8, 64])
     options.tokens = options.tokens or (512 if options.tiny else 65536)
     options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
-    options.deadline = time.monotonic() + options.limit_seconds
+    if options.kernel_seconds is None:
+        options.kernel_seconds = 0 if options.device == "cpu" else 150
+    options.end = time.monotonic() + options.limit_seconds
+    options.deadline = options.end - options.kernel_seconds
     return options
 
 
+def run_kernel_bench(options: argparse.Namespace) -> int:
+    """``gpu_kernel.py`` in a process of its own, and its exit status: an error on the device must not take the rest."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_kernel.py")), "--device", options.device]
+    command += ["--json", str(options.json.with_suffix(".kernel.json"))]
+    command += ["--limit-seconds", str(max(0.0, options.end - time.monotonic()))]
+    command += ["--wheels", str(options.wheels)] if options.wheels is not None else []
+    command += ["--tiny"] if options.tiny else []
+    return subprocess.run(command, check=False).returncode
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when every cell's contenders agree."""
+    """0 when every cell's contenders agree, the kernel's among them."""
     options = parse(arguments)
     where = environment()
     setting = {
@@ -211,9 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
         if options.device != "cpu":
             torch.cuda.empty_cache()
+    kernel_status = run_kernel_bench(options) if options.kernel_seconds else 0
     print(f"\n{one_line(where)}\n{options.dtype}, {options.rounds} rounds by turns")
     print(summary(cells))
-    return 0 if all(cell.get("agrees", True) for cell in cells) else 1
+    return 0 if all(cell.get("agrees", True) for cell in cells) and kernel_status == 0 else 1
 
 
 if __name__ == "__main__":

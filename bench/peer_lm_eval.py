@@ -1,4 +1,4 @@
-"""The peer ``lm-eval``: lm-evaluation-harness's HFLM on the same weights and token ids (``pip install lm-eval``)."""
+"""The peer ``lm-eval``: lm-evaluation-harness's HFLM on the same weights and ids (``fastscore[lm-eval]``)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LMEval(Contender):
         try:
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
-            raise Unavailable(f"not installed: pip install 'lm-eval[hf]==0.4.13' ({error})") from error
+            raise Unavailable(f"not installed: pip install 'fastscore[lm-eval]' ({error})") from error
         harness = HFLM(pretrained=plain, tokenizer=tokenizer, backend="causal", batch_size=1)
         score: Callable[[int, Sequence[TokenPair]], object] = lambda size, some: _sums(harness, size, some)  # noqa: E731
         return cls(harness, *pick_batch_size(score, spread_sample(pairs, BATCH_SIZE_SAMPLE)))

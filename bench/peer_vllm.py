@@ -7,6 +7,7 @@ FASTSCORE_VLLM_PYTHON.
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import json
 import os
 import queue
@@ -51,7 +52,7 @@ class VllmWorker:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 text=True,
-                env=worker_environment(),
+                env=worker_environment(Path(python)),
                 start_new_session=True,  # so that it can be ended with all that it started
             )
         except OSError as error:
@@ -137,11 +138,21 @@ class VllmPrefill(Vllm):
     scores_nothing = True
 
 
-def worker_environment() -> dict[str, str]:
-    """As many threads as here, on the processors that are this process's; and nothing of this environment's Python."""
+def worker_environment(python: Path) -> dict[str, str]:
+    """As many threads as here, on the processors that are this process's; and nothing of this environment's Python.
+
+    What vLLM's documentation says to preload on a CPU is preloaded where it is found: a tenth faster here.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     processors = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
+    libraries = python.parent.parent / "lib"
+    openmp, allocator = libraries / "libiomp5.so", libraries / "libtcmalloc_minimal.so.4"
+    found = [
+        str(allocator) if allocator.exists() else ctypes.util.find_library("tcmalloc_minimal"),
+        str(openmp) if openmp.exists() else None,
+    ]
     return {
+        "LD_PRELOAD": ":".join(filter(None, found)),
         **kept,
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, processors)),
         "VLLM_CPU_KVCACHE_SPACE": "4",

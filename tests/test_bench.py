@@ -201,10 +201,22 @@ def test_the_gpu_benchmark_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert chosen["mode"] == "packed", chosen["mode_reason"]
         # Four questions share a passage.
         assert cell["useful_work"]["unique_tokens"] < 0.8 * cell["pair_tokens"]
+    assert not out.with_suffix(".kernel.json").exists()
     assert "tiny llama-3.1-8b 64+5" in capsys.readouterr().out.splitlines()[-1]
 
     assert gpu_end_to_end.main([*options, "--limit-seconds", "0"]) == 0
     assert {cell["skipped"] for cell in json.loads(out.read_text("utf-8"))["cells"]} == {"no time left"}
+
+
+def test_the_gpu_benchmark_goes_on_with_the_kernel(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    options = ["--tiny", "--device", "cpu", "--rounds", "1", "--models", "qwen3-0.6b", "--json", str(out)]
+    cell = ["--passages", "16", "--answers", "2", "--limit-seconds", "60", "--kernel-seconds", "30"]
+    assert gpu_end_to_end.main([*options, *cell]) == 0
+    [end_to_end] = json.loads(out.read_text("utf-8"))["cells"]
+    assert end_to_end["agrees"]
+    kernel = json.loads(out.with_suffix(".kernel.json").read_text("utf-8"))["cells"]
+    assert any(measured.get("agrees") for measured in kernel)
 
 
 def test_shared_weights_are_shared() -> None:

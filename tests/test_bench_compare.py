@@ -208,7 +208,7 @@ def test_a_peer_that_is_absent_is_left_out_with_a_reason(
     assert "vllm is left out: no environment named: --vllm-python or FASTSCORE_VLLM_PYTHON" in printed.err
     written = json.loads(out.read_text("utf-8"))
     assert set(written["left_out"]) == {LM_EVAL, VLLM}
-    assert written["left_out"][LM_EVAL].startswith("not installed: pip install 'lm-eval")
+    assert written["left_out"][LM_EVAL].startswith("not installed: pip install 'fastscore[lm-eval]'")
     assert set(written["contenders"]) == {OURS, PADDED, TUNED}
     assert written["disagreeing"] == []
     assert str(llama) not in json.dumps(written["contenders"][OURS]["settings"].get("model_path", ""))
@@ -224,7 +224,12 @@ def small_workload() -> Workload:
 def test_vllm_has_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    values = worker_environment()
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    (tmp_path / "lib").mkdir()
+    openmp = tmp_path / "lib" / "libiomp5.so"
+    openmp.touch()
+    values = worker_environment(tmp_path / "bin" / "python")
+    assert values["LD_PRELOAD"].split(":")[-1] == str(openmp)
     assert "PYTHONPATH" not in values
     assert "OMP_NUM_THREADS" not in values
     assert len(values["VLLM_CPU_OMP_THREADS_BIND"].split(",")) <= torch.get_num_threads()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastscore import __version__, cli_score
+from fastscore import __version__, cli_cache, cli_score
 from fastscore.cli_score import NO_VALUE
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("score", epilog=cli_score.EPILOG)(cli_score.score)
+app.add_typer(cli_cache.app, name="cache")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,7 +49,11 @@ ROOMS: dict[str, Room] = {
     "packing": room(1, "types ranges prefix_tree", frozenset({"numpy", "torch"})),
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "windows": room(1, "types"),
-    "cache": room(1, "types"),
+    "fingerprint": room(1, "types"),
+    "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
+    "cache_file": room(1, "types"),
+    "cache": room(1, "types ranges fingerprint cache_blocks cache_file", frozenset({"numpy"})),
+    "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
         2, "types ranges attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
     ),
@@ -85,14 +89,15 @@ ROOMS |= {
 }
 # The command line may import everything, though not at its top: see LIGHT.
 ROOMS["cli_score"] = room(4, " ".join(ROOMS), TERMINAL)
+ROOMS["cli_cache"] = room(4, f"{_EDGE} terminal", TERMINAL)
 ROOMS["cli"] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["__main__"] = room(4, "cli")
 
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/", "report/")
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-LIGHT = ("__main__", "__init__", "cli", "cli_score", "types", "config")
-LIGHT_IMPORTS = frozenset({"__init__", "cli", "cli_score", "types", "config", "typer", "rich"})
+LIGHT = ("__main__", "__init__", "cli", "cli_score", "cli_cache", "types", "config")
+LIGHT_IMPORTS = frozenset({"__init__", "cli", "cli_score", "cli_cache", "types", "config", "typer", "rich"})
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def open_existing(path: Path) -> sqlite3.Connection:
 
 
 def _open_sound(path: Path, create: bool = True) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    with sqlite_errors(path):
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         with sqlite_errors(path):
             _prepare(connection, path, create)
@@ -235,7 +236,8 @@ def _locked(folder: Path) -> int | None:
     return descriptor
 
 
-_FULL, _BUSY, _READ_ONLY = "database or disk is full", ("locked", "busy"), "readonly database"
+_FULL, _BUSY = "database or disk is full", ("locked", "busy")
+_READ_ONLY, _NOT_OPENED = "readonly database", "unable to open database file"
 _DAMAGE = (
     *("malformed", "not a database", "corrupt", "unsupported file format", "no such table", "no such column"),
     *("string or blob too big", "constraint failed"),
@@ -260,6 +262,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if _READ_ONLY in message:
             raise InputError("cannot be written: it is read-only", path=str(path)) from error
+        if _NOT_OPENED in message:
+            raise InputError("cannot be written: no right to, or on a read-only disk", path=str(path)) from error
         if any(words in message for words in _BUSY):
             busy = f"another process has held it for {BUSY_SECONDS:.0f} seconds"
             raise OSError(errno.EBUSY, busy, str(path)) from error

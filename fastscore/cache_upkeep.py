@@ -151,7 +151,8 @@ def _condition(
     connection: sqlite3.Connection, info: CacheInfo, model: str | None, before: float | None
 ) -> tuple[str, list[Any]]:
     """What follows WHERE, and its values."""
-    conditions, values = ["true"], []
+    conditions: list[str] = ["true"]
+    values: list[Any] = []
     if model is not None:
         is_start = len(model) >= _SHORTEST_FINGERPRINT
         meant = [m for m in info.models if m.name == model or (is_start and m.fingerprint.startswith(model.lower()))]

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache as cache_results
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,14 @@ IDENTITY = ScoreIdentity(
 OTHER = replace(IDENTITY, model="other", weights="sha256:01")
 
 
+@cache_results
 def request(number: int) -> ScoringRequest:
     draw = random.Random(number)
     length = draw.randint(2, 30)
     return ScoringRequest((number, *(draw.randrange(50_000) for _ in range(length - 1))), draw.randint(1, length - 1))
 
 
+@cache_results
 def score(number: int) -> AnswerScore:
     """What the model would say of :func:`request`: made up, but always the same, in fp32."""
     draw = random.Random(-1 - number)
@@ -66,6 +69,11 @@ def get_numbers(store: ScoreCache, numbers: Iterable[int]) -> dict[int, AnswerSc
 
 def truth(numbers: Iterable[int]) -> dict[int, AnswerScore]:
     return {number: score(number) for number in numbers}
+
+
+def aside(path: Path) -> list[str]:
+    """What was set aside of a cache."""
+    return sorted(entry.name for entry in path.parent.glob(f"{path.name}.corrupt-*"))
 
 
 def write_and_tell(path: Path, numbers: Iterable[int], step: int) -> None:

@@ -32,6 +32,10 @@ APPLICATION_ID = int.from_bytes(b"fsSC", "big")
 BUSY_SECONDS = 60.0
 """How long another process's transaction is waited for; the longest takes about a second in ten million scores."""
 
+CACHE_SIZE = "cache_size=-262144"
+"""256 MB of memory at most, as much as the index of ten million scores has: with less, each of its pages is read and
+written over and over (a third fewer look-ups and inserts a second)."""
+
 Identity = tuple[int, int]
 
 SCHEMA = (
@@ -125,7 +129,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
     # In a damaged file a text may be no UTF-8.
     connection.text_factory = lambda data: data.decode("utf-8", "replace")
     try:
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "cache_size=-65536", "synchronous=NORMAL"):
+        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", CACHE_SIZE, "synchronous=NORMAL"):
             connection.execute(f"PRAGMA {pragma}")
         application, version = (_pragma(connection, name) for name in ("application_id", "user_version"))
         schema = set(connection.execute("SELECT type, name, sql FROM sqlite_master"))

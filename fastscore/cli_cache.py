@@ -87,7 +87,7 @@ def prune(
         if json:
             _print_json(done)
         else:
-            typer.echo(_in_words(done))
+            typer.echo(_in_words(done, is_estimate=keep is not None))
 
     raise typer.Exit(exit_status(run))
 
@@ -166,10 +166,11 @@ def _show(found: CacheInfo) -> None:
     console.print(table)
 
 
-def _in_words(done: Pruned) -> str:
+def _in_words(done: Pruned, is_estimate: bool) -> str:
     total = done.removed + done.kept
     if done.bytes_after is None:
-        return f"would remove {done.removed:,} of {total:,} scores; the file has {_size(done.bytes_before)}"
+        about = "about " if is_estimate else ""  # what room the rest will take shows when the file is written anew
+        return f"would remove {about}{done.removed:,} of {total:,} scores; the file has {_size(done.bytes_before)}"
     sizes = f"{_size(done.bytes_before)} before, {_size(done.bytes_after)} now"
     return f"removed {done.removed:,} of {total:,} scores: {sizes}"
 

@@ -145,7 +145,11 @@ def test_prune_to_a_size_removes_the_oldest(path: Path, capsys: pytest.CaptureFi
 
 def test_a_dry_run_removes_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = path.read_bytes()
-    for arguments, count in ((("--model", "tiny"), 400), (("--older-than", "1w"), 200), (("--keep-size", "0"), 500)):
+    for arguments, count in (
+        (("--model", "tiny"), "400"),
+        (("--older-than", "1w"), "200"),
+        (("--keep-size", "0"), "about 500"),
+    ):
         status, out, err = run(capsys, "prune", path, *arguments, "--dry-run")
         assert (status, err) == (0, "")
         assert out.startswith(f"would remove {count} of 500 scores; the file has ")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastscore import __version__, cli_bench, cli_lm_eval, cli_report, cli_score
+from fastscore import __version__, cli_bench, cli_cache, cli_lm_eval, cli_report, cli_score
 from fastscore.cli_options import NO_VALUE
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("score", epilog=cli_score.EPILOG)(cli_score.score)
 app.command("bench", epilog=cli_bench.EPILOG)(cli_bench.bench)
 app.command("lm-eval", **cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 app.command("report", epilog=cli_report.EPILOG)(cli_report.report)
+app.add_typer(cli_cache.app, name="cache")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

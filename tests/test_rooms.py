@@ -53,7 +53,11 @@ ROOMS: dict[str, Room] = {
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
     "windows": room(1, "types config tasks tokenization"),
-    "cache": room(1, "types"),
+    "fingerprint": room(1, "types"),
+    "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
+    "cache_file": room(1, "types"),
+    "cache": room(1, "types ranges fingerprint cache_blocks cache_file", frozenset({"numpy"})),
+    "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
         2, "types ranges attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
     ),
@@ -99,13 +103,14 @@ ROOMS |= {
 for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
+ROOMS["cli_cache"] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli"] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["__main__"] = room(4, "cli")
 
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_lm_eval", "cli_report")
+COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
 LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 

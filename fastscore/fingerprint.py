@@ -1,0 +1,206 @@
+"""What a score depends on beside its token ids: the model, by the content of its files, and how it is computed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from fastscore.types import InputError
+
+logger = logging.getLogger("fastscore")
+
+NUMERICS = 1
+"""Raised whenever fastscore comes to compute a score differently by more than rounding."""
+_READ_BYTES = 1 << 20
+_WORTH_A_LINE = 1 << 30
+_SETTLED_SECONDS = 2.0
+"""A file changed less long ago may be changed again without its times showing it."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".npz")
+_OTHER = ("config.json", "adapter_config.json")
+_HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]?$")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreIdentity:
+    """Two scores of the same token ids and answer start differ by rounding at most where all of this is equal.
+
+    model, adapter: the names that a person gave. Labels: a folder that is moved keeps its scores.
+    weights, adapter_weights: their content, from :func:`content_identity`.
+    dtype, quantization: of the weights as they are loaded; ``precision``: of the matrix products (as ``highest``).
+    mode: packed, padded or encoder-decoder; ``attention``: the provider; ``answer_nll``: what computes the NLL.
+        Each is another program, which agrees with the others by a self-check within a tolerance, and not more.
+    device: its type, as ``cpu``.
+    trust_remote_code: code of the model's own may have run instead of transformers'.
+    torch: its minor version (``2.13``). transformers: its full version, because patch releases are where models are
+        put right.
+    machine: None, or with ``deterministic`` all that may change the last bit: makes of devices, threads, full versions.
+
+    Left out is what changes the rounding only: how requests are batched, what they share, budgets, windows; and what
+    the token ids say already: tokenizer, template, truncation.
+    """
+
+    model: str
+    weights: str
+    dtype: str
+    device: str
+    mode: str
+    attention: str
+    answer_nll: str
+    torch: str
+    transformers: str
+    adapter: str | None = None
+    adapter_weights: str | None = None
+    quantization: str | None = None
+    precision: str | None = None
+    trust_remote_code: bool = False
+    machine: Mapping[str, str | int] | None = None
+
+    def about(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ when any of it does, labels apart."""
+        depends = {name: value for name, value in self.about().items() if name not in ("model", "adapter")}
+        return sha256(json.dumps([NUMERICS, depends], sort_keys=True).encode()).digest()
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def content_identity(path: str | Path, memo: Path | None = None) -> str:
+    """What is in a model's or an adapter's folder, or in a ``.gguf`` file: a hub commit, or a SHA-256 of the files
+    that a score depends on.
+
+    A snapshot of the hub's cache is known by its commit, as long as its files are the cache's own. Anything else is
+    read whole, at about a gigabyte a second and core, once: ``memo``, a JSON file, remembers digests by device,
+    inode, size and both times (of the content's last change, and of the inode's, which no program can set back).
+    Names, sizes and modification times alone are not enough: copies keep them, and so do weights that are written
+    again in the same shape.
+
+    Raises:
+        InputError: it is not there or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return f"sha256:{_Digests(memo).of([path])[0]}"
+        files = _files(path)
+        if commit := _hub_commit(path, files):
+            return commit
+        digests = _Digests(memo).of(files)
+        lines = [f"{digest} {file.relative_to(path).as_posix()}" for file, digest in zip(files, digests, strict=True)]
+        if base := _adapter_base(path):
+            lines.append(f"{content_identity(base, memo) if Path(base).exists() else base} base")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", path=str(error.filename or path)) from error
+    together = "\n".join(lines).encode()
+    return f"sha256:{sha256(together).hexdigest()}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder that a score depends on, and others rather than too few."""
+    top = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    weights = [path for path in top if path.suffix in _WEIGHTS]
+    if any(path.name in ("model.safetensors", "model.safetensors.index.json") for path in top):
+        weights = [path for path in weights if path.suffix == ".safetensors"]  # the others are not loaded
+    if not weights:
+        raise InputError("no weights in this folder", path=str(folder))
+    others = [path for path in top if path.name in _OTHER or path.name.endswith(".index.json")]
+    return sorted([*weights, *others, *folder.rglob("*.py")])  # a model's own code may import from folders beneath
+
+
+def _hub_commit(folder: Path, files: Iterable[Path]) -> str | None:
+    """``hub:ORGANISATION/NAME@COMMIT`` for a snapshot whose files all point into the hub cache's store."""
+    found = _HUB_SNAPSHOT.search(str(folder))
+    if found is None:
+        return None
+    blobs = (folder.parent.parent / "blobs").resolve()
+    if any(not file.is_symlink() or file.resolve().parent != blobs for file in files):
+        return None
+    return f"hub:{found['id'].replace('--', '/')}@{found['commit']}"
+
+
+def _adapter_base(folder: Path) -> str | None:
+    """transformers loads a folder that holds an adapter on top of the model that the adapter names."""
+    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    if not (config.is_file() and adapter.is_file()):
+        return None
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):  # loading it says what is wrong
+        return None
+    return base if isinstance(base, str) and base else None
+
+
+class _Digests:
+    """SHA-256 of files, remembered between runs."""
+
+    def __init__(self, memo: Path | None) -> None:
+        self._memo = memo
+        self._known: dict[str, list[Any]] = {}
+        if memo is not None:
+            # A memo that is missing or damaged is written again.
+            with suppress(OSError, ValueError):
+                known = json.loads(memo.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
+
+    def of(self, files: list[Path]) -> list[str]:
+        marks = {str(file.resolve()): _mark(file) for file in files}
+        unknown = [name for name, mark in marks.items() if self._recall(name, mark) is None]
+        size = sum(marks[name][2] for name in unknown)
+        if size >= _WORTH_A_LINE:
+            logger.info("reading %.1f GB of weights once, to know them again by their content", size / 1e9)
+        started = time.time()
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing runs outside Python's lock
+            digests = dict(zip(unknown, pool.map(_sha256, unknown), strict=True))
+        found = {name: digests.get(name) or self._recall(name, mark) for name, mark in marks.items()}
+        settled = [n for n in unknown if max(marks[n][3:]) / 1e9 < started - _SETTLED_SECONDS and _mark(n) == marks[n]]
+        if settled:
+            self._known |= {name: [*marks[name], digests[name]] for name in settled}
+            self._write()
+        return [str(found[str(file.resolve())]) for file in files]
+
+    def _recall(self, name: str, mark: list[int]) -> str | None:
+        known = self._known.get(name)
+        return known[-1] if isinstance(known, list) and known[:-1] == mark and isinstance(known[-1], str) else None
+
+    def _write(self) -> None:
+        if self._memo is None:
+            return
+        kept = {name: value for name, value in self._known.items() if os.path.exists(name)}
+        try:
+            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fingerprints-", dir=self._memo.parent) as folder:
+                written = Path(folder, self._memo.name)
+                written.write_text(json.dumps(kept), encoding="utf-8")
+                os.replace(written, self._memo)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): weights are read again next time", self._memo, error.strerror)
+
+
+def _mark(file: str | Path) -> list[int]:
+    found = os.stat(file)
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _sha256(file: str) -> str:
+    digest = sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(file, "rb", buffering=0) as source:
+        while size := source.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()

@@ -46,6 +46,9 @@ class Scorer:
     Args are those of :class:`fastscore.config.ScorerConfig`. The tokenizer and the model's config are read here, so
     that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`.
 
+    ``tokenizer`` and ``hf_config`` are Hugging Face's, ``model_path`` is where the model was found, ``stats`` counts all
+    that was scored.
+
     Raises:
         ValueError: a bad argument, or (as ``InputError``) a model that is not there.
     """
@@ -113,7 +116,7 @@ class Scorer:
 
     @classmethod
     def from_config(cls, config: ScorerConfig) -> Scorer:
-        """A scorer from a frozen config."""
+        """A scorer from a frozen ``config``; raises as the class does."""
         options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
         return cls(**options)
 
@@ -136,7 +139,7 @@ class Scorer:
         """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
 
         The model is changed: its attention runs packs from now on, and weights that are multiplied together become
-        parts of one.
+        parts of one. ``tokenizer`` is the model's; other arguments are those of :class:`fastscore.config.ScorerConfig`.
 
         Raises:
             ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
@@ -161,7 +164,10 @@ class Scorer:
         return scorer
 
     def load(self) -> LanguageModel:
-        """Load the weights now (they are loaded on first use otherwise) and return the loaded model."""
+        """Load the weights now (they are loaded on first use otherwise) and return the loaded model.
+
+        Raises InputError where weights, adapter or device are not there, or the model cannot be run as asked.
+        """
         return self._model
 
     @cached_property
@@ -169,19 +175,20 @@ class Scorer:
         return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
-        """Score text pairs ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
+        """Score text ``pairs`` ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
 
         Raises:
             InputError: a pair without a scorable answer, or one that does not fit the model's context.
+            RuntimeError: a score that is no number.
         """
         return self._score_pairs([Pair(prompt, answer) for prompt, answer in pairs])
 
     def score_tokens(
         self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], on_progress: Progress | None = None
     ) -> list[AnswerScore]:
-        """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
+        """Score token-id ``pairs`` ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
 
-        Each may be a list, an array or a tensor of one dimension.
+        Each may be a list, an array or a tensor of one dimension. ``on_progress`` gets the counters of the run so far.
 
         Raises:
             InputError: as for :meth:`score`, or an id outside the vocabulary.
@@ -195,7 +202,7 @@ class Scorer:
         *,
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
-        """Score requests that were tokenised before, and planned where ``plan`` is given.
+        """Score ``requests`` that were tokenised before, and planned where ``plan`` is given; ``on_progress`` as above.
 
         Raises:
             RuntimeError: a score that is no number.
@@ -217,10 +224,12 @@ class Scorer:
         """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
-        ``pos + neg`` (or ``history``, or ``choices``); higher is better.
+        ``pos + neg`` (or ``history``, or ``choices``); higher is better. Arguments are those of
+        :class:`fastscore.config.TaskConfig`.
 
         Raises:
             InputError: naming the row (counted from 1) and its field.
+            RuntimeError: a score that is no number.
         """
         config = TaskConfig(task, template, answers, combine, seed, key_max_length)
         numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
@@ -234,11 +243,11 @@ class Scorer:
         on_bad_row: OnBadRow | None = None,
         on_progress: Progress | None = None,
     ) -> Generator[ScoredRow, None, None]:
-        """Score rows as they come, a window at a time, in input order.
+        """Score ``rows`` as they come, a window at a time, in input order; ``task_config`` says how they become pairs.
 
         A bad row raises, or is handed to ``on_bad_row`` and left out. On any device but a CPU, ``rows`` are read and
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
-        early).
+        early). ``on_progress`` gets the counters of the run so far. A score that is no number raises RuntimeError.
         """
         beside = runs_beside_host(choose_device(self.config.device))
         tokenizer = self._pair_tokenizer
@@ -263,7 +272,8 @@ class Scorer:
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
-        """The windows that :meth:`stream_rows` would score, and what each asks of the model. Loads the model."""
+        """The windows that :meth:`stream_rows` would score, given the same arguments, and what each asks of the model. Loads
+        the model."""
         return self._prepare(rows, task_config, on_bad_row, self._pair_tokenizer, self.load)
 
     def describe(self) -> dict[str, Any]:

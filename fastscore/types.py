@@ -17,7 +17,8 @@ class InputError(ValueError):
 
     The message names file, line and field as far as they are known, for example
     ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``.
-    The command line prints it as one line and exits with status 2.
+    The command line prints it as one line and exits with status 2. ``path``, ``line`` (counted from 1) and ``field``
+    are None where they are not known; ``message`` is the text without them.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Row:
     line: int | None = None
 
     def error(self, message: str, field: str | None = None) -> InputError:
+        """An error that names this row's file and line."""
         return InputError(message, path=self.path, line=self.line, field=field)
 
 
@@ -92,6 +94,7 @@ class ScoringRequest:
 
     @property
     def num_answer_tokens(self) -> int:
+        """How many tokens are scored."""
         return len(self.token_ids) - self.answer_start
 
 
@@ -105,16 +108,17 @@ class AnswerScore:
 
     @property
     def num_tokens(self) -> int:
+        """Answer tokens, at least 1."""
         return len(self.token_logprobs)
 
     @property
     def logprob(self) -> float:
-        """Sum over the answer tokens."""
+        """Sum over the answer tokens, nats; summed in fp64."""
         return float(sum(self.token_logprobs))
 
     @property
     def mean_logprob(self) -> float:
-        """Mean over the answer tokens: the ``teacher_scores`` entry."""
+        """Mean over the answer tokens, nats: the ``teacher_scores`` entry."""
         return self.logprob / self.num_tokens
 
 
@@ -176,10 +180,12 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that belong to a segment; T counts those as well that fill the pack."""
         return self.num_segment_tokens
 
     @property
     def num_segments(self) -> int:
+        """S."""
         return len(self.query_start_S)
 
     def narrowed(self, sliding_window: int | None) -> int | None:

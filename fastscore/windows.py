@@ -26,7 +26,11 @@ class Window:
     requests: list[ScoringRequest] = field(default_factory=list)
 
     def place(self, index: int) -> str:
-        """Where in the input the request of that index came from."""
+        """Where in the input the request of that index came from.
+
+        Raises:
+            IndexError: there are fewer requests.
+        """
         for row_pairs in self.rows:
             if index < len(row_pairs.pairs):
                 return str(row_pairs.row.error(f"candidate {index // row_pairs.num_answers}"))

@@ -7,8 +7,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from doc_blocks import (
     EXAMPLES,
     NOT_RUN,
@@ -21,11 +23,15 @@ from doc_blocks import (
     lines_of,
     why_not_run,
 )
+from test_attention import OPTIONS, inputs, packs_of, shared_requests, truth
 
-from fastscore.attention import PROVIDERS
+from fastscore.attention import PROVIDERS, AttentionNeeds
 
 DOCUMENTS = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
 BLOCKS = {name: blocks_of((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS}
+
+# What the README shows of a guide runs there.
+IN_GUIDES = {block.code for name, blocks in BLOCKS.items() if name != "README.md" for block in blocks if block.runs}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_document_can_be_followed(name: str, folder: Path, scored: Path) -> None:
     reader = Reader(folder, scored)
     for block in BLOCKS[name]:
-        if not block.runs:
+        if not block.runs or (name == "README.md" and block.code in IN_GUIDES):
             continue
         try:
             printed = reader.run(block)
@@ -73,6 +79,22 @@ def test_a_document_can_be_followed(name: str, folder: Path, scored: Path) -> No
                 assert_shown(block.shown, printed)
         except Exception as error:
             raise AssertionError(f"{name}, line {block.line}: {error}") from error
+
+
+@pytest.mark.parametrize("options", ["plain", "window", "wide-window"])
+def test_the_provider_of_the_guide_is_right(options: str) -> None:
+    """On packs cut in the middle of requests that share prefixes, against one dense product in fp64."""
+    (code,) = (block.code for block in BLOCKS["docs/attention-providers.md"] if "file" in block.marks)
+    module: dict[str, Any] = {}
+    exec(compile(code, "per_segment.py", "exec"), module)  # noqa: S102 - our own document
+    arguments = {"scaling": 0.25, "sliding_window": None, "softcap": None, "sinks": None, **OPTIONS[options]}
+    for pack in packs_of(shared_requests(3), 37):
+        query, key, value = inputs(pack, torch.float32)
+        found = module["attend"](query, key, value, pack, **arguments)
+        assert (found - truth(query, key, value, pack, **arguments)).abs().max() < 1e-5
+    for needs in (AttentionNeeds("cpu", softcap=True), AttentionNeeds("cpu", sinks=True)):
+        assert module["PROVIDER"].unusable(needs)
+    assert module["PROVIDER"].unusable(AttentionNeeds("cpu", sliding_window=True)) == ""
 
 
 def test_every_block_says_what_it_is_and_no_reason_is_stale() -> None:

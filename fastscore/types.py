@@ -41,7 +41,7 @@ class InputError(ValueError):
         return ": ".join(parts)
 
     def at(self, *, path: str | None = None, line: int | None = None, field: str | None = None) -> InputError:
-        """The same error with the places filled in that it does not name yet."""
+        """The same error with ``path``, ``line`` and ``field`` filled in where it does not name them yet."""
         return InputError(
             self.message,
             path=self.path if self.path is not None else path,

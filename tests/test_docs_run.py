@@ -24,6 +24,7 @@ from doc_blocks import (
     why_not_run,
 )
 from test_attention import OPTIONS, inputs, packs_of, shared_requests, truth
+from transformers.utils.logging import disable_progress_bar
 
 from fastscore.attention import PROVIDERS, AttentionNeeds
 
@@ -54,6 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
+    disable_progress_bar()  # the program's own way works only before transformers is imported, as in a process
     providers = dict(PROVIDERS)
     logger = logging.getLogger("lm_eval")
     handlers, propagate = list(logger.handlers), logger.propagate

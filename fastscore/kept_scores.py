@@ -28,12 +28,13 @@ logger = logging.getLogger("fastscore")
 class RunCache:
     """A cache that is opened when the model is there, since scores are known by what computes them. For all threads.
 
-    path: the file, once it has been opened; None before, without a place, and when it could not be opened.
+    place: where it is or will be; None for nowhere, and when it could not be opened.
+    path: the file, once it has been opened.
     """
 
     def __init__(self, place: CacheAt | None, identity: Callable[[], ScoreIdentity]) -> None:
         self.path: Path | None = None
-        self._place = place
+        self.place = place
         self._identity = identity
         self._opened: ScoreCache | None = None
         self._lock = threading.Lock()
@@ -45,14 +46,14 @@ class RunCache:
             InputError, OSError: it was asked for and can't be opened.
         """
         with self._lock:
-            if self._opened is None and self._place is not None:
+            if self._opened is None and self.place is not None:
                 try:
-                    self._opened = ScoreCache(self._place.path, self._identity())
-                    self.path = self._place.path
+                    self._opened = ScoreCache(self.place.path, self._identity())
+                    self.path = self.place.path
                 except (InputError, OSError) as error:
-                    if self._place.is_asked_for:
+                    if self.place.is_asked_for:
                         raise
-                    self._place = None
+                    self.place = None
                     logger.warning("scores are not kept in a cache: %s", error)
             return self._opened
 

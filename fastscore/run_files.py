@@ -236,8 +236,10 @@ def _resumable(cache: Any) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        kept = f"what was scored is kept in {cache.path}: the same command goes on from there"
-        stop.hint = kept if cache.path is not None else "nothing of it is kept"
+        if cache.path is not None:
+            stop.hint = f"what was scored is kept in {cache.path}: the same command goes on from there"
+        else:
+            stop.hint = "nothing of it is kept" if cache.place is None else "nothing has been scored yet"
         raise
 
 

@@ -407,7 +407,7 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
             assert process.stderr is not None
             assert "packed" in process.stderr.readline()
             time.sleep(0.3)
-            assert {path.suffix for path in folders[number].iterdir()} == {".jsonl", ".tmp"}, "not in the midst of it"
+            assert {path.suffix for path in folders[number].iterdir()} >= {".jsonl", ".tmp"}, "not in the midst of it"
             process.send_signal(number)
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             out, err = runs[number].communicate(timeout=60)

@@ -55,7 +55,6 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 BENCH := $(RUN) -m pytest bench -s --benchmark-columns=median,rounds
 RECORD := build/bench.json
 
-bench bench-compare bench-baseline: export OMP_WAIT_POLICY ?= passive
 bench: $(DEV) ## fastscore against its peers, part by part (FASTSCORE_BENCH_QUERIES=3)
 	$(BENCH) $(BENCH_ARGS)
 

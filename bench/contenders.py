@@ -154,9 +154,9 @@ def padded_tokens(sizes: Sequence[int], batch_size: int) -> Computed:
     return Computed(tokens, sum(sizes) / tokens)
 
 
-def load_both(model: str, dtype: str) -> tuple[Scorer, PreTrainedModel]:
+def load_both(model: str, dtype: str, **options: Any) -> tuple[Scorer, PreTrainedModel]:
     """fastscore's side, and the same weights in plain transformers for the peers and the limit."""
-    scorer = Scorer(model, dtype=dtype)  # type: ignore[arg-type]
+    scorer = Scorer(model, dtype=dtype, **options)  # type: ignore[arg-type]
     loaded = scorer.load()
     plain = AutoModelForCausalLM.from_pretrained(scorer.model_path, dtype=loaded.dtype).eval()
     return scorer, plain.to(loaded.device)

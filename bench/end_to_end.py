@@ -9,16 +9,12 @@ first: one that disagrees is not timed, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-# Threads that spin while they wait would take the processor from whoever has the turn. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from compare import compare, comparison_table
 from contenders import (

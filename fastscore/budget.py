@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-CPU_WORKING_SET = 12 << 20
-"""Bytes of one layer's intermediate results that stay in a CPU's last-level cache between the steps that use them."""
+CPU_WORKING_SET = 48 << 20
+"""Bytes of one layer's intermediate results: more tokens make attention's batches larger, until every step between two
+products waits for memory."""
 CPU_TOKENS = (512, 4096)
-"""Fewer and the products lose speed; more bring nothing."""
+"""Fewer and the products lose speed; more bring next to nothing."""
 GPU_SHARE = 0.25
 """Of the memory that is free beside the weights."""
 GPU_TOKENS = (1024, 16384)

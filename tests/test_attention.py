@@ -230,7 +230,7 @@ def test_what_shares_little_is_not_computed_together() -> None:
 def test_many_short_branches_are_a_few_spans_of_bounded_waste() -> None:
     (pack,) = packs_of(questions(stem=600, count=400, length=3), 10_000)
     spans = split_spans(pack, None, 1, torch.float32)
-    assert len(batch_spans(spans, 1, pack.num_tokens, pack.num_tokens, spans_module.MAX_SCORES)) < 30, "calls"
+    assert len(batch_spans(spans, pack.num_tokens, spans_module.MAX_SCORES)) < 30, "calls"
     computed = sum(span.mask_qk.numel() for span in spans)
     needed = sum(int((span.mask_qk == 0).sum()) for span in spans)
     assert computed < 1.5 * needed

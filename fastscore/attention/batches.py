@@ -1,6 +1,6 @@
 """Spans of a pack in batches of near-equal size, each computed by one batched product.
 
-Shapes: B spans of a batch, R its queries (those of the longest span), k its keys, T packed tokens, K key-value heads.
+Shapes: B spans of a batch, R its queries (those of the longest span), k its keys, T packed tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from fastscore.attention.spans import Span
 from fastscore.ranges import ranges
 
-WASTED_SCORES = 1024
+WASTED_SCORES = 2048
 """Scores of padding, all heads, that a span may bring to a batch: less than another call costs."""
 ALIGNMENT = 16
 """Keys of a batch are filled up to a multiple of this; products of other widths are slower."""
@@ -24,28 +24,20 @@ ALIGNMENT = 16
 class SpanBatch:
     """B spans filled up to R queries and k keys.
 
-    query_row, key_row: ``[K B R]`` and ``[K B k]``, rows of the queries ``[K T, ...]`` and keys ``[K (C + T), ...]``;
-    padding repeats a row of the span. output_row: ``[K B R]``, rows of an output ``[K (T + 1), ...]``, where padding
-    goes to the row behind the last. mask_BRk: 0 where a query sees a key, otherwise -inf; 0 for padding queries.
+    query_row_BR, key_row_Bk: tokens of the pack and of its key space; padding repeats one of the span. output_row_BR:
+    the same as query_row_BR, but padding goes to the row behind the last. mask_BRk: 0 where a query sees a key,
+    otherwise -inf; 0 for padding queries.
     """
 
-    query_row: torch.Tensor
-    key_row: torch.Tensor
-    output_row: torch.Tensor
+    query_row_BR: torch.Tensor
+    key_row_Bk: torch.Tensor
+    output_row_BR: torch.Tensor
     mask_BRk: torch.Tensor
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """B, R, k."""
-        num_spans, num_queries, num_keys = self.mask_BRk.shape
-        return num_spans, num_queries, num_keys
 
-
-def batch_spans(
-    spans: Sequence[Span], num_kv_heads: int, num_tokens: int, num_keys: int, max_scores: int
-) -> list[SpanBatch]:
+def batch_spans(spans: Sequence[Span], num_tokens: int, max_scores: int) -> list[SpanBatch]:
     """All spans, those of like sizes together, at most ``max_scores`` scores of one head in a batch."""
-    return [_batch(group, num_kv_heads, num_tokens, num_keys) for group in _groups(spans, max_scores)]
+    return [_batch(group, num_tokens) for group in _groups(spans, max_scores)]
 
 
 def _groups(spans: Sequence[Span], max_scores: int) -> Iterator[list[Span]]:
@@ -66,7 +58,7 @@ def _groups(spans: Sequence[Span], max_scores: int) -> Iterator[list[Span]]:
         yield group
 
 
-def _batch(spans: Sequence[Span], num_kv_heads: int, num_tokens: int, num_keys: int) -> SpanBatch:
+def _batch(spans: Sequence[Span], num_tokens: int) -> SpanBatch:
     rows = max(span.last_q - span.first_q for span in spans)
     keys = [_keys(span) for span in spans]
     width = max(map(len, keys))
@@ -87,17 +79,10 @@ def _batch(spans: Sequence[Span], num_kv_heads: int, num_tokens: int, num_keys: 
         query_BR[index, num_q:], output_BR[index, num_q:] = span.first_q, num_tokens
         key_Bk[index, : len(span_keys)], key_Bk[index, len(span_keys) :] = span_keys, span_keys[0]
     return SpanBatch(
-        _of_every_head(query_BR, num_kv_heads, num_tokens),
-        _of_every_head(key_Bk, num_kv_heads, num_keys),
-        _of_every_head(output_BR, num_kv_heads, num_tokens + 1),
-        mask_BRk,
+        torch.from_numpy(query_BR), torch.from_numpy(key_Bk), torch.from_numpy(output_BR), mask_BRk.contiguous()
     )
 
 
 def _keys(span: Span) -> np.ndarray:
     start, stop = np.array(span.key_runs, dtype=np.int64).T
     return ranges(start, stop - start)
-
-
-def _of_every_head(row: np.ndarray, num_heads: int, rows_per_head: int) -> torch.Tensor:
-    return torch.from_numpy((np.arange(num_heads)[:, None] * rows_per_head + row.ravel()).ravel())

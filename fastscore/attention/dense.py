@@ -10,9 +10,11 @@ R queries and k keys of each.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from fastscore.attention.batches import SpanBatch, batch_spans
+from fastscore.attention.batches import batch_spans
 from fastscore.attention.spans import MAX_SCORES, split_spans
 from fastscore.types import PackedBatch
 
@@ -29,35 +31,70 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :class:`fastscore.attention.Attend`; queries and keys may be wider than the values."""
-    window = pack.narrowed(sliding_window)
     num_tokens, num_heads, _ = query_THd.shape
     num_kv = key_TKd.shape[1]
     group = num_heads // num_kv
     accumulator = torch.promote_types(query_THd.dtype, torch.float32)
-    # A group's heads share their keys: they are further rows of one product. The scaling goes into the same pass.
-    query_KTGd = torch.empty(num_kv, num_tokens, group, query_THd.shape[2], dtype=accumulator)
-    torch.mul(query_THd.unflatten(1, (num_kv, group)).transpose(0, 1), scaling, out=query_KTGd)
-    query_Nd = query_KTGd.flatten(0, 1).flatten(1)
-    key_Nd = key_TKd.transpose(0, 1).to(accumulator).reshape(-1, key_TKd.shape[2])
-    value_Nd = value_TKd.transpose(0, 1).reshape(-1, value_TKd.shape[2])
-    # The row behind the last takes what padding gives.
-    out_KTGd = value_TKd.new_zeros(num_kv, num_tokens + 1, group, value_TKd.shape[2])
-    out_Nd = out_KTGd.flatten(0, 1).flatten(1)
+    # A group's heads share their keys: they are further rows of one product.
+    queries = _as_rows(query_THd.to(accumulator), group)
+    keys, values = _as_rows(key_TKd.to(accumulator), 1), _as_rows(value_TKd, 1)
+    # The rows behind the last token take what padding gives.
+    out_Nw = value_TKd.new_empty((num_tokens + 1) * num_kv, group * value_TKd.shape[2])
+    if pack.num_segment_tokens < num_tokens:
+        out_Nw.zero_()
     scratch = _Scratch(accumulator)
-    for batch in _batches(pack, window, num_heads, num_kv, accumulator):
-        num_spans, num_queries, num_keys = batch.shape
-        rows_NRd = query_Nd.index_select(0, batch.query_row).view(-1, num_queries * group, query_THd.shape[2])
-        keys_Nkd = key_Nd.index_select(0, batch.key_row).view(-1, num_keys, key_Nd.shape[1])
+    for batch in _batches(pack, pack.narrowed(sliding_window), queries, keys, values, num_heads, num_kv):
+        num_spans, num_queries, num_keys = batch.mask_BRk.shape
+        rows_NRd = queries.rows_Nw.index_select(0, batch.query_row).view(num_kv * num_spans, num_queries * group, -1)
+        keys_Nkd = keys.rows_Nw.index_select(0, batch.key_row).view(num_kv * num_spans, num_keys, -1)
+        values_Nkd = values.rows_Nw.index_select(0, batch.value_row).view(num_kv * num_spans, num_keys, -1)
         scores_NRk = scratch.take("scores", (num_kv * num_spans, num_queries * group, num_keys))
-        torch.bmm(rows_NRd, keys_Nkd.transpose(1, 2), out=scores_NRk)
-        if softcap is not None:
-            scores_NRk.div_(softcap).tanh_().mul_(softcap)
         scores_KBRGk = scores_NRk.view(num_kv, num_spans, num_queries, group, num_keys)
-        scores_KBRGk += batch.mask_BRk[:, :, None]
-        weights_NRk = _softmax(scores_KBRGk, sinks, scratch).view(scores_NRk.shape).to(value_Nd.dtype)
-        out_NRd = torch.bmm(weights_NRk, value_Nd.index_select(0, batch.key_row).view(-1, num_keys, value_Nd.shape[1]))
-        out_Nd.index_copy_(0, batch.output_row, out_NRd.view(-1, out_Nd.shape[1]))
-    return out_KTGd[:, :num_tokens].transpose(0, 1).flatten(1, 2)
+        mask_BR1k = batch.mask_BRk[:, :, None]
+        if softcap is None:
+            scores_KBRGk.copy_(mask_BR1k.expand(num_kv, -1, -1, group, -1))
+            torch.baddbmm(scores_NRk, rows_NRd, keys_Nkd.transpose(1, 2), alpha=scaling, out=scores_NRk)
+        else:
+            torch.baddbmm(scores_NRk, rows_NRd, keys_Nkd.transpose(1, 2), beta=0, alpha=scaling, out=scores_NRk)
+            scores_NRk.div_(softcap).tanh_().mul_(softcap)
+            scores_KBRGk += mask_BR1k
+        weights_NRk = _softmax(scores_KBRGk, sinks).view(scores_NRk.shape).to(value_TKd.dtype)
+        out_NRd = torch.bmm(weights_NRk, values_Nkd)
+        out_Nw.index_copy_(0, batch.output_row, out_NRd.view(-1, out_Nw.shape[1]))
+    return out_Nw[: num_tokens * num_kv].view(num_tokens, num_heads, value_TKd.shape[2])
+
+
+class _Rows(NamedTuple):
+    """The heads of all tokens as rows of a matrix: those of token t are ``t * step + first`` and the ones after it."""
+
+    rows_Nw: torch.Tensor
+    step: int
+    first: int
+
+
+def _as_rows(heads_Thd: torch.Tensor, group: int) -> _Rows:
+    """``group`` heads to a row; the same memory where a token's heads lie side by side, as a part of what a projection
+    gave, say: rows are gathered anyway, and a copy before would be one too many."""
+    num_heads, size = heads_Thd.shape[1:]
+    width = group * size
+    step, first = heads_Thd.stride(0), heads_Thd.storage_offset()
+    if heads_Thd.stride()[1:] != (size, 1) or step % width or first % width:
+        heads_Thd = heads_Thd.contiguous()
+        step, first = num_heads * size, 0
+    if first == 0 and heads_Thd.is_contiguous():
+        return _Rows(heads_Thd.view(-1, width), step // width, 0)
+    num_rows = heads_Thd.untyped_storage().nbytes() // heads_Thd.element_size() // width
+    return _Rows(heads_Thd.as_strided((num_rows, width), (width, 1), 0), step // width, first // width)
+
+
+class _Batch(NamedTuple):
+    """A :class:`SpanBatch` with the rows of all heads: ``[K B R]`` and ``[K B k]``."""
+
+    query_row: torch.Tensor
+    key_row: torch.Tensor
+    value_row: torch.Tensor
+    output_row: torch.Tensor
+    mask_BRk: torch.Tensor
 
 
 class _Scratch:
@@ -75,22 +112,39 @@ class _Scratch:
         return self._buffers[name][:size].view(shape)
 
 
-def _softmax(scores_KBRGk: torch.Tensor, sinks: torch.Tensor | None, scratch: _Scratch) -> torch.Tensor:
+def _softmax(scores_KBRGk: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """In place, where that can be."""
     if sinks is None:
-        return torch.softmax(scores_KBRGk, dim=-1, out=scratch.take("weights", tuple(scores_KBRGk.shape)))
+        return torch.softmax(scores_KBRGk, dim=-1, out=scores_KBRGk)
     # A sink is one more key that takes probability and gives no value.
     num_kv, *_, group, _ = scores_KBRGk.shape
     sink_KBRG1 = sinks.to(scores_KBRGk.dtype).view(num_kv, 1, 1, group, 1).expand(*scores_KBRGk.shape[:-1], 1)
     return torch.cat([scores_KBRGk, sink_KBRG1], dim=-1).softmax(dim=-1)[..., :-1].contiguous()
 
 
-def _batches(pack: PackedBatch, window: int | None, num_heads: int, num_kv: int, dtype: torch.dtype) -> list[SpanBatch]:
-    """Made once for all layers that share the window."""
-    key = ("dense", window)
+def _batches(
+    pack: PackedBatch, window: int | None, queries: _Rows, keys: _Rows, values: _Rows, num_heads: int, num_kv: int
+) -> list[_Batch]:
+    """Made once for all layers that share the window and lay out their heads alike."""
+    layout = tuple((rows.step, rows.first) for rows in (queries, keys, values))
+    key = ("dense", window, layout)
     if key not in pack.memo:
-        spans = split_spans(pack, window, num_heads, dtype)
         num_tokens = len(pack.token_ids_T)
-        num_keys = pack.num_carried + num_tokens
-        pack.memo[key] = batch_spans(spans, num_kv, num_tokens, num_keys, MAX_SCORES // num_heads)
-    batches: list[SpanBatch] = pack.memo[key]
+        spans = split_spans(pack, window, num_heads, queries.rows_Nw.dtype)
+        output = (num_kv, 0)
+        pack.memo[key] = [
+            _Batch(
+                *(
+                    (row * step + first + torch.arange(num_kv)[:, None, None]).flatten()
+                    for row, (step, first) in zip(
+                        (batch.query_row_BR, batch.key_row_Bk, batch.key_row_Bk, batch.output_row_BR),
+                        (*layout, output),
+                        strict=True,
+                    )
+                ),
+                batch.mask_BRk,
+            )
+            for batch in batch_spans(spans, num_tokens, MAX_SCORES // num_heads)
+        ]
+    batches: list[_Batch] = pack.memo[key]
     return batches

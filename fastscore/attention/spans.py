@@ -22,7 +22,7 @@ CALL_SCORES = 4096
 """What one more span costs, in scores of all heads."""
 COPY_SCORES = 16
 """What copying one key and its value costs, in the same unit."""
-MAX_SCORES = 1 << 20
+MAX_SCORES = 1 << 19
 """Scores of a call, all heads together: about what stays in cache between the passes over them."""
 MIN_ROWS = 32
 """Queries of a span that are kept together even where their scores are more."""

@@ -17,10 +17,14 @@ from fastscore.decoder.weights import Decoder, Linear, Norm
 
 
 class Table(NamedTuple):
-    """Cosines and sines ``[T, 1, r]`` of every token's position, fp32; the two halves of r are alike."""
+    """Cosines and sines ``[T, 1, r]`` of every token's position, fp32; the two halves of r are alike.
+
+    turn_T1c: one half of them as complex numbers, for operators that turn their heads so.
+    """
 
     cos_T1r: torch.Tensor
     sin_T1r: torch.Tensor
+    turn_T1c: torch.Tensor | None = None
 
 
 class Operators:
@@ -68,13 +72,9 @@ class Operators:
         self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None
     ) -> torch.Tensor:
         """Queries (the first ``num_heads``) and keys, normed where the family does, turned by their positions."""
-        turned_Thd = heads_Thd.float()
-        if norms is not None:
-            parts = (turned_Thd[:, :num_heads], turned_Thd[:, num_heads:])
-            normed = [rms_norm(part, norm.weight, norm.eps) for part, norm in zip(parts, norms, strict=True)]
-            turned_Thd = torch.cat(normed, dim=1)
+        turned_Thd = normed_heads(heads_Thd.float(), num_heads, norms)
         if table is not None:
-            turned_Thd = turn(turned_Thd, *table)
+            turned_Thd = turn(turned_Thd, table.cos_T1r, table.sin_T1r)
         return turned_Thd if self._wide else turned_Thd.to(heads_Thd.dtype)
 
     def gated(self, hidden_TD: torch.Tensor, gate_up: Linear, activation: str) -> torch.Tensor:
@@ -90,15 +90,23 @@ class Operators:
 
 class PackedOperators(Operators):
     """bf16 on a CPU: weights in oneDNN's own layout, and the activation and the product with the gate applied to sums
-    that are still in fp32."""
+    that are still in fp32. Entries of a head that turn together lie side by side, as a complex number's parts do: one
+    product turns them."""
 
     description = "weights packed by oneDNN"
 
+    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
+        super().__init__(residual_dtype, wide)
+        self._paired = False
+
     def prepare(self, decoder: Decoder) -> Decoder:
+        tables = super().rotary_tables(decoder, torch.zeros(1, dtype=torch.int64)).values()
+        self._paired = all(table.cos_T1r.shape[2] == decoder.head_size for table in tables)
         layers = [
             replace(
                 layer,
-                qkv=_packed(layer.qkv),
+                qkv=_packed_pairs(layer.qkv, decoder) if self._paired else _packed(layer.qkv),
+                head_norms=_paired_norms(layer.head_norms) if self._paired else layer.head_norms,
                 output=_packed(layer.output),
                 gate_up=_packed(layer.gate_up, parts=2),
                 down=_packed(layer.down),
@@ -106,6 +114,25 @@ class PackedOperators(Operators):
             for layer in decoder.layers
         ]
         return replace(decoder, layers=tuple(layers))
+
+    def rotary_tables(self, decoder: Decoder, position_ids_T: torch.Tensor) -> dict[str, Table]:
+        tables = super().rotary_tables(decoder, position_ids_T)
+        if not self._paired:
+            return tables
+        half = decoder.head_size // 2
+        return {
+            name: Table(cos, sin, torch.complex(cos[..., :half].contiguous(), sin[..., :half].contiguous()))
+            for name, (cos, sin, _) in tables.items()
+        }
+
+    def rotate(
+        self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None
+    ) -> torch.Tensor:
+        if table is None or table.turn_T1c is None:
+            return super().rotate(heads_Thd, num_heads, norms, table)
+        turned_Thd = normed_heads(heads_Thd.to(torch.float32, copy=True), num_heads, norms).contiguous()
+        torch.view_as_complex(turned_Thd.unflatten(2, (-1, 2))).mul_(table.turn_T1c)
+        return turned_Thd if self._wide else turned_Thd.to(heads_Thd.dtype)
 
     def norm(self, hidden_TD: torch.Tensor, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
         # PyTorch's RMSNorm writes the squares to memory before it sums them; its norm of a row does not.
@@ -144,7 +171,7 @@ class CompiledOperators(Operators):
     ) -> torch.Tensor:
         if norms is not None or table is None:
             return super().rotate(heads_Thd, num_heads, norms, table)
-        return self._turn(heads_Thd, *table, torch.float32 if self._wide else heads_Thd.dtype)
+        return self._turn(heads_Thd, table.cos_T1r, table.sin_T1r, torch.float32 if self._wide else heads_Thd.dtype)
 
     def gated(self, hidden_TD: torch.Tensor, gate_up: Linear, activation: str) -> torch.Tensor:
         return self._gate(self.linear(hidden_TD, gate_up), activation)
@@ -153,6 +180,14 @@ class CompiledOperators(Operators):
 def rms_norm(hidden_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Over the last dimension; in fp32 whatever comes in."""
     return F.rms_norm(hidden_TD.float(), weight.shape, weight, eps)
+
+
+def normed_heads(heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None) -> torch.Tensor:
+    """Queries (the first ``num_heads``) by the first norm, keys by the second."""
+    if norms is None:
+        return heads_Thd
+    parts = (heads_Thd[:, :num_heads], heads_Thd[:, num_heads:])
+    return torch.cat([rms_norm(part, norm.weight, norm.eps) for part, norm in zip(parts, norms, strict=True)], dim=1)
 
 
 def turn(heads_Thd: torch.Tensor, cos_T1r: torch.Tensor, sin_T1r: torch.Tensor) -> torch.Tensor:
@@ -195,6 +230,30 @@ def packing_works() -> bool:
 def _packed(linear: Linear, parts: int = 1) -> Linear:
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return replace(linear, packed=tuple(reorder(part.contiguous()) for part in linear.weight.chunk(parts)))
+
+
+def _packed_pairs(qkv: Linear, decoder: Decoder) -> Linear:
+    """As :func:`_packed`, with the entries of queries and keys in another order: products of the two stay the same."""
+    num_turning = decoder.num_heads + decoder.num_kv_heads
+
+    def paired(rows: torch.Tensor) -> torch.Tensor:
+        rows_hd = rows.unflatten(0, (-1, decoder.head_size))
+        return torch.cat([_pairs(rows_hd[:num_turning]), rows_hd[num_turning:]]).flatten(0, 1)
+
+    bias = None if qkv.bias is None else paired(qkv.bias)
+    return replace(qkv, bias=bias, packed=_packed(replace(qkv, weight=paired(qkv.weight))).packed)
+
+
+def _paired_norms(norms: tuple[Norm, Norm] | None) -> tuple[Norm, Norm] | None:
+    if norms is None:
+        return None
+    query, key = (replace(norm, weight=_pairs(norm.weight[None])[0]) for norm in norms)
+    return query, key
+
+
+def _pairs(heads_hd: torch.Tensor) -> torch.Tensor:
+    """Entry i of every head's first half, then i of the second, and so on."""
+    return heads_hd.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _pointwise() -> Any:

@@ -241,7 +241,9 @@ def scored_path(input_path: str | Path, save_name: str) -> Path:
     return path.with_name(f"{stem}.scored.{save_name}{suffix}")
 
 
-def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
+def refuse_same_file(
+    output: str | Path, inputs: Iterable[str | Path], complaint: str = "the output would replace the input"
+) -> None:
     """Raise InputError when the output is one of the inputs, also under another name or through a link."""
     for path in inputs:
         try:
@@ -249,4 +251,4 @@ def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
         except (OSError, ValueError):  # one of them is not there: reading or writing it says so
             same = os.path.abspath(output) == os.path.abspath(path)
         if same:
-            raise InputError(f"the output would replace the input {path}", path=str(output))
+            raise InputError(f"{complaint} {path}", path=str(output))

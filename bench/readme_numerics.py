@@ -33,8 +33,8 @@ def fidelity(folder: Path) -> str:
             f"**Distance from the truth.** `python bench/fidelity.py --queries {task['queries']}`: {task['queries']} "
             f"Natural Questions queries with 16 passages each ({task['pairs']:,} pairs, {task['answer_tokens']:,} "
             f"answer tokens) with {report['model']}; {machine(report['environment'])}. The truth is each pair alone, "
-            "unpadded, in plain transformers in fp32. Nats; tau is Kendall's, the mean over queries; the last column says how often "
-            f"another candidate became the best ({link(FIDELITY)}):"
+            "unpadded, in plain transformers in fp32. Nats; tau is Kendall's, the mean over queries; the last column says "
+            f"how often another candidate became the best ({link(FIDELITY)}):"
         ),
         "",
         "| | per token, mean | per pair, mean | per pair, largest | tau | best changed |",
@@ -43,7 +43,7 @@ def fidelity(folder: Path) -> str:
     for name, values in report["contenders"].items():
         token, pair = values["nats_per_answer_token"], values["nats_per_pair"]
         lines.append(
-            f"| {MEANING.get(name, name)} | {token['mean']:.2g} | {pair['mean']:.2g} | {pair['max']:.2g} | "
+            f"| {MEANING.get(name, name)} | {token['mean']:.3g} | {pair['mean']:.3g} | {pair['max']:.3g} | "
             f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
         )
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from fastscore.config import TaskConfig
 from fastscore.run_files import Tally
 from fastscore.tasks import expand_row, validate_row
 from fastscore.types import Row, ScoredRow
+from fastscore.windows import Window
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "qa.jsonl"
 NATS_PER_TOKEN = 1e-5
@@ -361,6 +362,14 @@ def test_a_baseline_that_has_nothing_before_it_is_told(tmp_path: Path) -> None:
     with_bos = Scorer(str(make_tiny_model(tmp_path / "bos", add_bos=True)), dtype="fp32")
     [row] = with_bos.score_rows([ICL], score=ScoreConfig("query", baseline="no-context"))
     assert len(row["teacher_scores"]) == 1
+
+
+def test_a_request_of_the_baseline_has_a_name() -> None:
+    config = TaskConfig(answers="all", score=ScoreConfig(baseline="no-context"))
+    window = Window([expand_row(Row(ROW, "r.jsonl", line), config, lambda keys: keys) for line in (1, 2)])
+    places = [window.place(index) for index in range(2 * len(ANSWERS) * (len(KEYS) + 1))]
+    names = [f"candidate {index}" for index in range(len(KEYS))] + ["the baseline"]
+    assert places == [f"r.jsonl:{line}: {name}" for line in (1, 2) for name in names for _ in ANSWERS]
 
 
 def test_raw_counts_of_an_earlier_run_go_with_its_scores(scorer: Scorer) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from fastscore.config import TASKS, Answers, Combine, DType, ScorerConfig, TaskConfig
+from fastscore.config import TASKS, Answers, Combine, DType, ScoreConfig, ScorerConfig, TaskConfig
 from fastscore.types import InputError
 
 FILES, MODEL, TASK, RUNNING = "Input and output", "Model", "Task", "Running"
@@ -19,7 +19,7 @@ NO_VALUE = " "
 """Flags take no value, so help shows none."""
 
 
-def _choices(literal: Any) -> str:
+def choices(literal: Any) -> str:
     *others, last = get_args(literal)
     return f"{', '.join(others)} or {last}"
 
@@ -50,7 +50,7 @@ DTypeName = Annotated[
     str,
     typer.Option(
         metavar="TYPE",
-        help=f"{_choices(DType)}. auto is bf16 where the device multiplies it natively, else fp32.",
+        help=f"{choices(DType)}. auto is bf16 where the device multiplies it natively, else fp32.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -100,7 +100,8 @@ Template = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="A task of your own: fields of the row by name, {key} for the candidate, {answer} at the end, "
+        help="A task of your own: fields of the row by name, {key} for the candidate, {answer} at the end "
+        "({query} with --target query), "
         "\\n and \\t as usual. For example '{key}\\nQ: {query}\\nA: {answer}'.",
         rich_help_panel=TASK,
         show_default=False,
@@ -110,7 +111,7 @@ WhichAnswers = Annotated[
     str,
     typer.Option(
         metavar="WHICH",
-        help=f"Of a row that has several answers: {_choices(Answers)}.",
+        help=f"Of a row that has several answers: {choices(Answers)}.",
         rich_help_panel=TASK,
     ),
 ]
@@ -118,7 +119,7 @@ CombineHow = Annotated[
     str,
     typer.Option(
         metavar="HOW",
-        help=f"With --answers all, how they become one score: {_choices(Combine)}.",
+        help=f"With --answers all, how they become one score: {choices(Combine)}.",
         rich_help_panel=TASK,
     ),
 ]
@@ -225,12 +226,13 @@ def make_configs(options: Mapping[str, Any]) -> tuple[ScorerConfig, TaskConfig]:
 
     try:
         scorer_config = ScorerConfig(**{name: options[name] for name in ScorerConfig.__slots__ if name in options})
-        fields = {name: options[name] for name in TaskConfig.__slots__}
+        score = ScoreConfig(**{name: options[name] for name in ScoreConfig.__slots__})
+        fields = {name: options[name] for name in TaskConfig.__slots__ if name != "score"}
         if fields["template"] is not None:
             fields["template"] = unescape(fields["template"])
-        task_config = TaskConfig(**fields)
+        task_config = TaskConfig(**fields, score=score)
         if task_config.template is not None:
-            parse_template(task_config.template)
+            parse_template(task_config.template, target=score.target)
     except InputError:
         raise
     except ValueError as error:

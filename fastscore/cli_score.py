@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastscore import cli_definitions as definition
 from fastscore import cli_options as opt
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS
 
@@ -66,6 +67,13 @@ def score(
     combine: opt.CombineHow = "max",
     seed: opt.Seed = 0,
     key_max_length: opt.KeyMaxLength = 512,
+    target: definition.TargetText = "answer",
+    reduce: definition.ReduceHow = "mean",
+    baseline: definition.BaselineKind = "none",
+    normalize: definition.NormalizeHow = "none",
+    temperature: definition.Temperature = 1.0,
+    append_eos: definition.AppendEos = False,
+    keep_raw: definition.KeepRaw = False,
     overflow: opt.OverflowHow = "error",
     max_batch_tokens: opt.MaxBatchTokens = None,
     window_tokens: opt.WindowTokens = DEFAULT_WINDOW_TOKENS,
@@ -79,7 +87,7 @@ def score(
     """Score every candidate of every row: how likely does it make the answer?
 
     Writes each row with teacher_scores added: the mean log-probability of the answer's tokens given each candidate, \
-in the order pos + neg. At most 0; higher is better.
+in the order pos + neg. At most 0; higher is better. The options under "What a score is" ask for other definitions.
     """
     options = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     options["inputs"] = [str(path) for path in inputs]

@@ -55,7 +55,7 @@ class Tally:
     rows: int = 0
     skipped: int = 0
     ranked_rows: int = 0
-    """Rows with both positives and negatives."""
+    """Rows with both positives and negatives, and a number for each."""
     positive_best: int = 0
     """Ranked rows whose best score is a positive's."""
     stats: RunStats = field(default_factory=RunStats)
@@ -64,7 +64,8 @@ class Tally:
         self.rows += 1
         num_pos, num_neg = (_length(scored.row.data.get(name)) for name in ("pos", "neg"))
         scores = scored.teacher_scores
-        if num_pos and num_neg and num_pos + num_neg == len(scores):
+        has_numbers = not any(isinstance(score, tuple) for score in scores)  # lists of tokens have no order
+        if has_numbers and num_pos and num_neg and num_pos + num_neg == len(scores):
             self.ranked_rows += 1
             self.positive_best += max(range(len(scores)), key=scores.__getitem__) < num_pos
 
@@ -192,7 +193,7 @@ def _run_job(job: FileJob, scorer: Any, task_config: TaskConfig, reporter: Repor
         stream = scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
         with closing(stream):  # it may read in a thread of its own, which must not outlast the files
             for scored in stream:
-                out.write(output_row(scored.row, task_config, scored.teacher_scores))
+                out.write(output_row(scored.row, task_config, scored.teacher_scores, scored.teacher_raw))
                 tally.count(scored)
     scorer.stats.flush_padded()
     tally.skipped = bad.count

@@ -14,7 +14,7 @@ import transformers
 from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import teacher_scores
+from fastscore.aggregate import scored_row
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -25,6 +25,7 @@ from fastscore.config import (
     Overflow,
     Quantize,
     Residual,
+    ScoreConfig,
     ScorerConfig,
     TaskConfig,
 )
@@ -213,18 +214,20 @@ class Scorer:
         combine: Combine = "max",
         seed: int = 0,
         key_max_length: int = 512,
+        score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
         """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
-        ``pos + neg`` (or ``history``, or ``choices``); higher is better.
+        ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
 
         Raises:
             InputError: naming the row (counted from 1) and its field.
         """
-        config = TaskConfig(task, template, answers, combine, seed, key_max_length)
+        config = TaskConfig(task, template, answers, combine, seed, key_max_length, score or ScoreConfig())
         numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
-        return [output_row(scored.row, config, scored.teacher_scores) for scored in self.stream_rows(numbered, config)]
+        stream = self.stream_rows(numbered, config)
+        return [output_row(scored.row, config, scored.teacher_scores, scored.teacher_raw) for scored in stream]
 
     def stream_rows(
         self,
@@ -240,6 +243,8 @@ class Scorer:
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
         early).
         """
+        if task_config.score.append_eos:
+            self._pair_tokenizer.check_eos()
         beside = runs_beside_host(choose_device(self.config.device))
         tokenizer = self._pair_tokenizer
         if beside:  # the thread's own: this one is the user's, and its settings change from call to call
@@ -254,7 +259,7 @@ class Scorer:
         try:
             with closing((score_beside if beside else score_in_turn)(rows, prepare, self.load, launch)) as windows:
                 for window, scores in windows:
-                    yield from _scored_rows(window, scores, task_config.combine)
+                    yield from _scored_rows(window, scores, task_config)
                     del window, scores  # not in memory while the next are waited for
         finally:
             if beside:
@@ -264,6 +269,8 @@ class Scorer:
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
         """The windows that :meth:`stream_rows` would score, and what each asks of the model. Loads the model."""
+        if task_config.score.append_eos:
+            self._pair_tokenizer.check_eos()
         return self._prepare(rows, task_config, on_bad_row, self._pair_tokenizer, self.load)
 
     def describe(self) -> dict[str, Any]:
@@ -313,11 +320,10 @@ class Scorer:
         return self.score_requests(requests, on_progress=on_progress)
 
 
-def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:
+def _scored_rows(window: Window, scores: Sequence[AnswerScore], config: TaskConfig) -> Iterator[ScoredRow]:
     remaining = iter(scores)
     for row_pairs in window.rows:
-        row_scores = tuple(islice(remaining, len(row_pairs.pairs)))
-        yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, combine), row_scores)
+        yield scored_row(row_pairs, tuple(islice(remaining, len(row_pairs.pairs))), config)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:

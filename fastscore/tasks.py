@@ -10,6 +10,9 @@ Built-in tasks, ``|`` being where the answer begins:
 - ``choices``: ``{context}| {choice}`` for each of ``choices``; no space is added to a choice that begins with one
 
 A template of the user's own takes the place of the built-in ones (:func:`fastscore.templates.parse_template`).
+
+With ``target="query"`` the query is scored, and answers are not read: ``qa`` and ``convsearch`` become
+``Passage: {key}. Please write a question based on this passage.| {query}`` (UPR), the others end with their query.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastscore.config import TASKS, Answers, TaskConfig
+from fastscore.config import TASKS, ScoreConfig, TaskConfig
+from fastscore.definitions import QUERY_TEMPLATES, check_definition, without_passage
 from fastscore.templates import Template, parse_template
 from fastscore.types import InputError, Pair, Row, RowPairs
 
@@ -54,6 +58,7 @@ class _Plan:
     num_answers: int
     keys: list[str]
     build: Callable[[Sequence[str]], list[Pair]]
+    num_baselines: int = 0
 
 
 def make_task(config: TaskConfig, row: Row) -> Task:
@@ -63,13 +68,13 @@ def make_task(config: TaskConfig, row: Row) -> Task:
         InputError: the template is malformed, or there is no such task.
     """
     if config.template is not None:
-        return Task("template", parse_template(config.template))
+        return Task("template", parse_template(config.template, target=config.score.target))
     name = config.task if config.task is not None else row.data.get("task")
     if name is None:
         raise row.error(f"missing; expected one of {', '.join(TASKS)} here or as --task", "task")
     if not isinstance(name, str) or name not in TASKS:
         raise row.error(f"expected one of {', '.join(TASKS)}, found {describe(name)}", "task")
-    return Task(name, _TEMPLATES.get(name))
+    return Task(name, (QUERY_TEMPLATES if config.score.target == "query" else _TEMPLATES).get(name))
 
 
 def validate_row(row: Row, config: TaskConfig) -> int:
@@ -79,7 +84,7 @@ def validate_row(row: Row, config: TaskConfig) -> int:
         InputError: naming the row and the field.
     """
     plan = _plan(row, config)
-    return plan.num_candidates * plan.num_answers
+    return plan.num_candidates * plan.num_answers + plan.num_baselines
 
 
 def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys) -> RowPairs:
@@ -94,20 +99,31 @@ def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys) -> Row
     return RowPairs(row, tuple(plan.build(keys)), plan.num_candidates, plan.num_answers)
 
 
-def output_row(row: Row, config: TaskConfig, teacher_scores: Sequence[float]) -> dict[str, Any]:
-    """The row to write: every field in its order, ``teacher_scores`` added or replaced, lrlm's token ids dropped."""
+def output_row(
+    row: Row,
+    config: TaskConfig,
+    teacher_scores: Sequence[float] | Sequence[Sequence[float]],
+    teacher_raw: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The row to write: every field in its order, ``teacher_scores`` added or replaced, lrlm's token ids dropped.
+
+    A ``teacher_raw`` that an earlier run left belongs to its scores, and goes with them.
+    """
     dropped = LRLM_FIELDS if make_task(config, row).name == "lrlm" else ()
-    data = {name: value for name, value in row.data.items() if name not in dropped}
-    data["teacher_scores"] = list(teacher_scores)
+    data = {name: value for name, value in row.data.items() if name not in (*dropped, "teacher_raw")}
+    data["teacher_scores"] = [list(score) if isinstance(score, Sequence) else score for score in teacher_scores]
+    if teacher_raw is not None:
+        data["teacher_raw"] = teacher_raw
     return data
 
 
 def _plan(row: Row, config: TaskConfig) -> _Plan:
     task = make_task(config, row)
+    check_definition(row, task.name, task.template, config.score)
     if task.template is not None:
         return _plan_template(row, task, task.template, config)
     if task.name == "lrlm":
-        return _plan_lrlm(row)
+        return _plan_lrlm(row, config.score)
     context = _text(row, "context")
     if task.name == "pairs":
         continuation = _answer(row, row.data.get("continuation"), "continuation")
@@ -123,41 +139,60 @@ def _plan(row: Row, config: TaskConfig) -> _Plan:
 def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig) -> _Plan:
     values = {field: _text(row, field) for field in template.row_fields}
     keys = _candidates(row, task) if template.has_key else []
-    answers = _answers(row, config.answers, config.seed, list(values.values()))
+    if config.score.target == "query":
+        answers = [_answer(row, row.data.get("query"), "query")]
+    else:
+        answers = _answers(row, config, list(values.values()))
+    baseline = without_passage(template) if config.score.baseline != "none" else None
 
     def build(truncated: Sequence[str]) -> list[Pair]:
         candidates = [{**values, "key": key} for key in truncated] if template.has_key else [values]
         prompts = [template.prompt(candidate) for candidate in candidates]
+        if baseline is not None:
+            prompts.append(baseline.prompt(values))
         return [Pair(prompt, template.answer(answer)) for prompt in prompts for answer in answers]
 
-    return _Plan(len(keys) if template.has_key else 1, len(answers), keys, build)
+    num_candidates = len(keys) if template.has_key else 1
+    return _Plan(num_candidates, len(answers), keys, build, len(answers) if baseline is not None else 0)
 
 
-def _plan_lrlm(row: Row) -> _Plan:
+def _plan_lrlm(row: Row, score: ScoreConfig) -> _Plan:
     if row.data.get("history") is not None:
         raise row.error("only the chat task takes its candidates from here; the task is 'lrlm'", "history")
     context = _token_ids(row, row.data.get("context_inputs"), "context_inputs")
     query = _token_ids(row, row.data.get("query_inputs"), "query_inputs")
-    answer = _token_ids(row, row.data.get("answer_inputs"), "answer_inputs")
+    if score.target == "query":
+        scored_field, before, answer = "query_inputs", context, query
+    else:
+        answer = _token_ids(row, row.data.get("answer_inputs"), "answer_inputs")
+        scored_field, before = "answer_inputs", context + query
     if not answer:
-        raise row.error("the answer is empty: expected at least one token id", "answer_inputs")
+        raise row.error(f"the {score.target} is empty: expected at least one token id", scored_field)
     score_inputs = _list(row, "score_inputs", "a non-empty list of lists of token ids")
     if not score_inputs:
         raise row.error("no candidates: expected a non-empty list of lists of token ids, found []", "score_inputs")
     prompts: list[tuple[int, ...]] = []
     for index, ids in enumerate(score_inputs):
-        prompt = (*_token_ids(row, ids, f"score_inputs[{index}]"), *context, *query)
+        prompt = (*_token_ids(row, ids, f"score_inputs[{index}]"), *before)
         if not prompt:
-            raise row.error("the prompt is empty: there is no token before the answer", f"score_inputs[{index}]")
+            raise row.error(
+                f"the prompt is empty: there is no token before the {score.target}", f"score_inputs[{index}]"
+            )
         prompts.append(prompt)
+    num_candidates, num_baselines = len(prompts), 0
+    if score.baseline != "none":
+        if not before:
+            raise row.error(f"without a passage there is no token before the {score.target}", "context_inputs")
+        prompts.append(before)
+        num_baselines = 1
     given = [field for field in ("pos", "neg") if row.data.get(field) is not None]
     num_keys = sum(len(_list(row, field, "a list")) for field in given)
-    if given and num_keys != len(prompts):
+    if given and num_keys != num_candidates:
         raise row.error(
-            f"expected one list for each of the {num_keys} candidates in {' + '.join(given)}, found {len(prompts)}",
+            f"expected one list for each of the {num_keys} candidates in {' + '.join(given)}, found {num_candidates}",
             "score_inputs",
         )
-    return _Plan(len(prompts), 1, [], lambda _: [Pair(prompt, answer) for prompt in prompts])
+    return _Plan(num_candidates, 1, [], lambda _: [Pair(prompt, answer) for prompt in prompts], num_baselines)
 
 
 def _candidates(row: Row, task: Task) -> list[str]:
@@ -180,7 +215,7 @@ def _candidates(row: Row, task: Task) -> list[str]:
     return keys
 
 
-def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> list[str]:
+def _answers(row: Row, config: TaskConfig, prompt_values: list[str]) -> list[str]:
     """The answers to score. All must be strings; only those that may be scored must have something in them."""
     field = "answers" if row.data.get("answers") is not None or row.data.get("answer") is None else "answer"
     found = row.data.get(field)
@@ -192,11 +227,11 @@ def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> l
     for index, answer in enumerate(found):
         if not isinstance(answer, str):
             raise row.error(f"expected a string, found {describe(answer)}", f"{field}[{index}]")
-    candidates = found[:1] if which == "first" else found
+    candidates = found[:1] if config.answers == "first" else found
     checked = [_answer(row, answer, f"{field}[{index}]") for index, answer in enumerate(candidates)]
-    if which == "sample":
+    if config.answers == "sample":
         # Drawn from what the row says, not from where it stands: order, shards and skipped rows don't change it.
-        key = json.dumps([seed, row.data.get("query_id"), prompt_values, found], default=str)
+        key = json.dumps([config.seed, row.data.get("query_id"), prompt_values, found], default=str)
         digest = hashlib.sha256(key.encode("utf-8")).digest()
         return [checked[int.from_bytes(digest[:8], "big") % len(checked)]]
     return checked
@@ -205,7 +240,7 @@ def _answers(row: Row, which: Answers, seed: int, prompt_values: list[str]) -> l
 def _answer(row: Row, value: Any, field: str) -> str:
     text = _checked(row, value, field)
     if not text.strip():
-        raise row.error(f"the answer is empty, found {describe(text)}", field)
+        raise row.error(f"the {'query' if field == 'query' else 'answer'} is empty, found {describe(text)}", field)
     return text
 
 

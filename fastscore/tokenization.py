@@ -42,8 +42,19 @@ class PairTokenizer:
         )
         return self.tokenizer.batch_decode(encoded["input_ids"])
 
-    def encode(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
-        """One request per pair, or the reason why there is none, in the order of the pairs."""
+    def check_eos(self) -> None:
+        """Raise InputError where there is no EOS token to append."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise InputError("append_eos: the tokenizer has no EOS token")
+        if eos >= self.vocab_size:
+            raise InputError(f"append_eos: the tokenizer's EOS token is {eos}, the model has only {self.vocab_size}")
+
+    def encode(self, pairs: Sequence[Pair], append_eos: bool = False) -> list[ScoringRequest | InputError]:
+        """One request per pair, or the reason why there is none, in the order of the pairs.
+
+        ``append_eos``: the tokenizer's EOS token becomes the last token of every answer (see :meth:`check_eos`).
+        """
         results: list[ScoringRequest | InputError | None] = [None] * len(pairs)
         texts: list[int] = []
         for index, pair in enumerate(pairs):
@@ -56,6 +67,14 @@ class PairTokenizer:
         encode = self._encode_seq2seq if self.is_encoder_decoder else self._encode_causal
         for index, result in zip(texts, encode([pairs[index] for index in texts]) if texts else (), strict=True):
             results[index] = self._in_vocabulary(result)
+        if append_eos:
+            eos = self.tokenizer.eos_token_id
+            results = [
+                ScoringRequest((*result.token_ids, eos), result.answer_start)
+                if isinstance(result, ScoringRequest)
+                else result
+                for result in results
+            ]
         return [self._fit(result) if isinstance(result, ScoringRequest) else _must(result) for result in results]
 
     def _encode_causal(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:

@@ -71,12 +71,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class RowPairs:
-    """The pairs of one row, candidate by candidate: pair ``c * num_answers + a`` is candidate c with answer a."""
+    """The pairs of one row, candidate by candidate: pair ``c * num_answers + a`` is candidate c with answer a.
+
+    With a baseline, ``num_answers`` more follow: each answer without any candidate.
+    """
 
     row: Row
     pairs: tuple[Pair, ...]
     num_candidates: int
     num_answers: int
+
+    @property
+    def has_baseline(self) -> bool:
+        return len(self.pairs) > self.num_candidates * self.num_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +121,25 @@ class AnswerScore:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean over the answer tokens: the ``teacher_scores`` entry."""
+        """Mean over the answer tokens: the ``teacher_scores`` entry unless another definition is asked for."""
         return self.logprob / self.num_tokens
+
+
+TeacherScores: TypeAlias = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""One per candidate: a number, or (``reduce="none"``) the log-probabilities of its answer's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
-    """A row and its scores: one per candidate, and the raw score of every pair in RowPairs order."""
+    """A row and its scores: one per candidate, and the raw score of every pair in RowPairs order.
+
+    ``teacher_raw``: what other definitions can be computed from, where the run keeps it.
+    """
 
     row: Row
-    teacher_scores: tuple[float, ...]
+    teacher_scores: TeacherScores
     scores: tuple[AnswerScore, ...]
+    teacher_raw: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,9 @@ class Window:
         """Where in the input the request of that index came from."""
         for row_pairs in self.rows:
             if index < len(row_pairs.pairs):
-                return str(row_pairs.row.error(f"candidate {index // row_pairs.num_answers}"))
+                candidate = index // row_pairs.num_answers
+                is_baseline = candidate == row_pairs.num_candidates
+                return str(row_pairs.row.error("the baseline" if is_baseline else f"candidate {candidate}"))
             index -= len(row_pairs.pairs)
         raise IndexError(index)
 
@@ -62,14 +64,17 @@ def _encoded(
 ) -> Iterator[tuple[RowPairs, list[ScoringRequest]]]:
     """Rows with the requests of their pairs, tokenised many at a time."""
     for portion in _portions(_expanded(rows, config, tokenizer, on_bad_row), TOKENISED_PAIRS):
-        encoded = iter(tokenizer.encode([pair for row_pairs in portion for pair in row_pairs.pairs]))
+        pairs = [pair for row_pairs in portion for pair in row_pairs.pairs]
+        encoded = iter(tokenizer.encode(pairs, config.score.append_eos))
         for row_pairs in portion:
             results = list(islice(encoded, len(row_pairs.pairs)))
             requests = [result for result in results if isinstance(result, ScoringRequest)]
             if len(requests) == len(results):
                 yield row_pairs, requests
             else:
-                error = next(result for result in results if isinstance(result, InputError))
+                index, error = next((i, found) for i, found in enumerate(results) if isinstance(found, InputError))
+                if index >= row_pairs.num_candidates * row_pairs.num_answers:
+                    error = InputError(f"without a passage (--baseline no-context): {error}")
                 _report(row_pairs.row, error, on_bad_row)
 
 

@@ -45,8 +45,9 @@ ROOMS: dict[str, Room] = {
     "read_ahead": room(1),
     "json_stream": room(1, "types"),
     "rows": room(1, "types json_stream"),
-    "templates": room(1, "types"),
-    "tasks": room(1, "types config templates"),
+    "templates": room(1, "types config"),
+    "definitions": room(1, "types config templates"),
+    "tasks": room(1, "types config templates definitions"),
     "tokenization": room(1, "types config", frozenset({"transformers"})),
     "prefix_tree": room(1, "types ranges", frozenset({"numpy"})),
     "packing": room(1, "types ranges prefix_tree", frozenset({"numpy", "torch"})),
@@ -90,7 +91,7 @@ ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
 _EDGE = " ".join(["__init__", "scorer", *(key for key, entry in ROOMS.items() if entry.level == 1)])
 ROOMS |= {
     # Only re-exports, and those lazily.
-    "__init__": room(4, "scorer types garbage"),
+    "__init__": room(4, "scorer types config garbage"),
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
@@ -100,7 +101,7 @@ ROOMS |= {
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
+for _name in ("cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
 ROOMS["cli_cache"] = room(4, " ".join(ROOMS), TERMINAL)
@@ -110,7 +111,7 @@ ROOMS["__main__"] = room(4, "cli")
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
+COMMANDS = ("cli", "cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
 LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 

@@ -68,7 +68,7 @@ def scored_candidates(row: Row, task: TaskConfig) -> ScoredCandidates:
     scores = _scores(row)
     name = task.task if task.task is not None else row.data.get("task")
     given = {field for field in ("history", "pos", "neg", "choices", "continuation") if row.data.get(field) is not None}
-    if task.template is not None and not parse_template(task.template).has_key:
+    if task.template is not None and not parse_template(task.template, target=task.score.target).has_key:
         found = ScoredCandidates(row, ONE_SCORE, scores, [])
     elif name == "pairs" or (name is None and given == {"continuation"}):
         found = ScoredCandidates(row, ONE_SCORE, scores, [_text(row, "continuation")])

@@ -317,7 +317,8 @@ def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine
     remaining = iter(scores)
     for row_pairs in window.rows:
         row_scores = tuple(islice(remaining, len(row_pairs.pairs)))
-        yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, combine), row_scores)
+        combined = teacher_scores(row_pairs, row_scores, combine)
+        yield ScoredRow(row_pairs.row, combined, row_scores, row_pairs.pairs)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:

@@ -12,11 +12,21 @@ if TYPE_CHECKING:  # --help and the first pass over the input must not wait for 
     from fastscore.ranges import Ints
 
 
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+"""Names of files that hold a table. Their records have numbers, no lines."""
+
+
+def is_table(path: object) -> bool:
+    """Whether a file is a table, by its name."""
+    return str(path).lower().endswith(TABLE_SUFFIXES)
+
+
 class InputError(ValueError):
     """Bad input from a person: a row, a flag, a path or a model name.
 
     The message names file, line and field as far as they are known, for example
-    ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``.
+    ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``; in a table, the row
+    (``train.parquet: row 17: ...``).
     The command line prints it as one line and exits with status 2.
     """
 
@@ -35,7 +45,8 @@ class InputError(ValueError):
         super().__init__(message)
 
     def __str__(self) -> str:
-        where = ":".join(str(part) for part in (self.path, self.line) if part is not None)
+        before_line = ": row " if is_table(self.path) else ":"
+        where = before_line.join(str(part) for part in (self.path, self.line) if part is not None)
         parts = [part for part in (where, f"field {self.field!r}" if self.field else "", self.message) if part]
         return ": ".join(parts)
 
@@ -51,7 +62,10 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of an input file. ``line`` counts from 1; ``path`` is None for rows given in Python."""
+    """One record of an input file; ``path`` is None for rows given in Python.
+
+    ``line`` counts from 1; in a table, rows are counted.
+    """
 
     data: dict[str, Any]
     path: str | None = None
@@ -125,6 +139,8 @@ class ScoredRow:
     row: Row
     teacher_scores: tuple[float, ...]
     scores: tuple[AnswerScore, ...]
+    pairs: tuple[Pair, ...] = ()
+    """What was scored, in the order of ``scores``."""
 
 
 @dataclass(frozen=True, slots=True)

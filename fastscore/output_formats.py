@@ -113,7 +113,7 @@ class _SentenceTransformers(OutputFormat):
 
 
 class _SentenceTransformersTriplets(OutputFormat):
-    """``query``, ``positive``, ``negative`` and ``label``, the two scores: one row for each positive with each negative.
+    """``query``, ``positive``, ``negative`` and ``label``, the two scores: a row for each positive with each negative.
 
     The same losses as for ``sentence-transformers`` take it, whatever the number of negatives in each row.
     """
@@ -157,7 +157,7 @@ class _SentenceTransformersLists(OutputFormat):
 
     def rows(self, scored: ScoredRow, config: TaskConfig) -> Iterator[dict[str, Any]]:
         data = scored.row.data
-        docs = [data[field][index] for field, index in candidate_places(scored.row, config)]
+        docs = [data[field][index] for field, index in candidate_places(scored.row, config) if field is not None]
         yield {"query": data["query"], "docs": docs, "labels": list(scored.teacher_scores)}
 
 

@@ -209,9 +209,8 @@ def _run_job(
     with output.writer() as out, BadRows(job.errors) as bad:
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
-        if skip_bad_rows:
-            rows = _writable_rows(rows, task_config, output, bad)
-        stream = scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
+        writable = _writable_rows(rows, task_config, output, bad) if skip_bad_rows else rows
+        stream = scorer.stream_rows(writable, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
         with closing(stream):  # it may read in a thread of its own, which must not outlast the files
             for scored in stream:
                 output.write(scored, out)

@@ -31,8 +31,8 @@ _SPLIT = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(_SPLITS)})(?=[-._ 0-9/]|$)")
 
 def dataset_files(folder: str | Path) -> list[Path]:
     """The data files of a folder in order: one that ``datasets.Dataset.save_to_disk`` wrote, or one of Parquet, Arrow
-    or JSON files at any depth, as on the Hugging Face hub. Files whose names begin with a dot or an underscore are
-    left out, as ``datasets.load_dataset`` leaves them out.
+    or JSON files at any depth, as on the Hugging Face hub. What ``datasets.load_dataset`` leaves out is left out: names
+    that begin with a dot, and folders' that begin with two underscores.
 
     Raises:
         InputError: there are none, or they are of several splits: which is meant must be said.
@@ -75,11 +75,11 @@ def _saved_files(folder: Path, state: dict[str, Any]) -> list[Path]:
 def _found_files(folder: Path) -> list[Path]:
     found: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [
             Path(place) / name
             for name in names
-            if not name.startswith((".", "_")) and name.lower().endswith(_DATA_SUFFIXES) and not name.endswith(_BESIDE)
+            if not name.startswith(".") and name.lower().endswith(_DATA_SUFFIXES) and not name.endswith(_BESIDE)
         ]
     return sorted(found)
 

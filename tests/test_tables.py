@@ -6,6 +6,7 @@ import datetime
 import decimal
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastscore.integrations.upstream import collate_scores
 from fastscore.rows import RowWriter, read_rows
 from fastscore.table_schema import TableColumns
 from fastscore.table_writer import TableWriter
@@ -371,3 +373,25 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     assert count == rows
     assert growth * 1024 < table.nbytes / 2, "kB"
     assert pq.read_metadata(tmp_path / "out.parquet").num_rows == rows
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import fastscore.run_files\n"
+        "from fastscore.rows import read_rows\n"
+        "print(len(list(read_rows(sys.argv[1]))))"
+    )
+    example = Path(__file__).parent.parent / "examples" / "qa.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, example], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("12\n", "")
+    monkeypatch.setattr("fastscore.table_rows.find_spec", lambda name: None)
+    message = "need pyarrow: pip install 'fastscore[tables]'"
+    assert message in fault(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=re.escape(message)):
+        TableWriter(tmp_path / "a.parquet", None)
+
+
+def test_saved_scores_are_joined_with_json_only() -> None:
+    with pytest.raises(InputError, match="train.parquet: saved scores are joined with the rows of a JSON file only"):
+        collate_scores("train.parquet", "m")

@@ -143,6 +143,14 @@ def load(path: Path, cache: Path) -> Any:
     return datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=str(cache))
 
 
+def without_dropout(model: Any) -> Any:
+    """So that a step sees the student that was seen before."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def one_step(trainer: Any, parameter: torch.nn.Parameter) -> float:
     """Train for one step; the loss that it began with. The step must have changed the student."""
     before = parameter.detach().clone()
@@ -186,7 +194,7 @@ def test_sentence_transformers_distills(
     )
 
     table = load(score(f"train.{suffix}", "--format", name), tmp_path / "cache")
-    embedder = SentenceTransformer(str(student), device="cpu").eval()
+    embedder = without_dropout(SentenceTransformer(str(student), device="cpu"))
     texts = [column for column in table.column_names if column != "label"]
     with torch.no_grad():
         vectors = [torch.tensor(embedder.encode(table[column][:])) for column in texts]
@@ -197,9 +205,6 @@ def test_sentence_transformers_distills(
         expected = margin.square().mean()
     else:
         expected = (labels.softmax(1) * (labels.log_softmax(1) - similarity.log_softmax(1))).sum(1).mean()
-    for module in embedder.modules():  # so that the step sees the student that was just seen
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     trainer = SentenceTransformerTrainer(
         model=embedder,
         args=SentenceTransformerTrainingArguments(**training_options(tmp_path)),
@@ -227,11 +232,26 @@ def test_a_reranker_distills(name: str, loss_name: str, score: Any, student: Pat
     )
 
     table = load(score("train.parquet", "--format", name), tmp_path / "cache")
-    reranker = CrossEncoder(str(student), num_labels=1, device="cpu")
+    reranker = without_dropout(CrossEncoder(str(student), num_labels=1, device="cpu"))
+    expected: list[torch.Tensor] = []
+    for row in table:
+        docs = row["docs"] if "docs" in row else [row["positive"], *(row[f"negative_{n}"] for n in (1, 2, 3))]
+        pairs = [(row["query"], doc) for doc in docs]
+        logits = torch.tensor(reranker.predict(pairs, activation_fn=torch.nn.Identity()))
+        labels = torch.tensor(row["labels"] if "docs" in row else row["label"])
+        assert len(logits) == len(labels)
+        if loss_name == "MarginMSELoss":
+            expected += ((logits[0] - logits[1:]) - (labels[0] - labels[1:])).square()
+        elif loss_name == "ListNetLoss":
+            expected.append(-(labels.softmax(0) * logits.log_softmax(0)).sum())
+        else:
+            better = labels[:, None] > labels[None, :]
+            expected += -torch.log2(torch.sigmoid(logits[:, None] - logits[None, :])[better])
     trainer = CrossEncoderTrainer(
         model=reranker,
         args=CrossEncoderTrainingArguments(**training_options(tmp_path)),
         train_dataset=table,
         loss=getattr(losses, loss_name)(reranker),
     )
-    one_step(trainer, next(parameter for parameter in reranker.parameters() if parameter.dim() == 2))
+    weight = next(parameter for parameter in reranker.parameters() if parameter.dim() == 2)
+    assert one_step(trainer, weight) == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)

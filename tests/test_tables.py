@@ -393,5 +393,5 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_saved_scores_are_joined_with_json_only() -> None:
-    with pytest.raises(InputError, match="train.parquet: saved scores are joined with the rows of a JSON file only"):
+    with pytest.raises(InputError, match=r"train.parquet: saved scores are joined with the rows of a JSON file only"):
         collate_scores("train.parquet", "m")

@@ -6,8 +6,8 @@ The order is fixed: tokens are reduced, the baseline taken off, several answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 from fastscore.config import Combine, Reduce, ScoreConfig, TaskConfig
@@ -47,10 +47,13 @@ def not_finite(score: AnswerScore, place: str) -> RuntimeError:
     )
 
 
-def scored_row(pairs: RowPairs, scores: Sequence[AnswerScore], config: TaskConfig) -> ScoredRow:
-    """The row with what it is given: a score for each candidate, and the raw counts if they are kept."""
-    raw = teacher_raw(pairs, scores) if config.score.keep_raw else None
-    return ScoredRow(pairs.row, teacher_scores(pairs, scores, config.combine, config.score), tuple(scores), raw)
+def scored_rows(rows: Iterable[RowPairs], scores: Iterable[AnswerScore], config: TaskConfig) -> Iterator[ScoredRow]:
+    """Each row with what it is given, from the scores of all their pairs: a score for each candidate, raw counts."""
+    remaining = iter(scores)
+    for pairs in rows:
+        found = tuple(islice(remaining, len(pairs.pairs)))
+        raw = teacher_raw(pairs, found) if config.score.keep_raw else None
+        yield ScoredRow(pairs.row, teacher_scores(pairs, found, config.combine, config.score), found, raw, pairs.pairs)
 
 
 def teacher_scores(
@@ -80,8 +83,9 @@ def reduced(pair: Pair, score: AnswerScore, reduce: Reduce) -> float:
         return score.mean_logprob
     if reduce == "sum":
         return score.logprob
-    num_bytes, num_chars = _text_sizes(pair)
-    return score.logprob / (num_bytes if reduce == "byte" else num_chars)
+    size = pair.num_bytes if reduce == "byte" else pair.num_chars
+    assert size is not None, "rows of token ids are refused where this is needed"
+    return score.logprob / size
 
 
 def softmax(values: Sequence[float], temperature: float) -> tuple[float, ...]:
@@ -109,16 +113,9 @@ def teacher_raw(pairs: RowPairs, scores: Sequence[AnswerScore]) -> dict[str, Any
         "num_tokens": by_candidate([score.num_tokens for score in scores]),
     }
     is_text = isinstance(pairs.pairs[0].answer, str)
-    sizes = [_text_sizes(pair) for pair in pairs.pairs[:num_scored]] if is_text else []
-    raw["num_bytes"] = by_candidate([num_bytes for num_bytes, _ in sizes]) if is_text else None
-    raw["num_chars"] = by_candidate([num_chars for _, num_chars in sizes]) if is_text else None
+    raw["num_bytes"] = by_candidate([pair.num_bytes for pair in pairs.pairs]) if is_text else None
+    raw["num_chars"] = by_candidate([pair.num_chars for pair in pairs.pairs]) if is_text else None
     if pairs.has_baseline:
         raw["baseline_logprob"] = [score.logprob for score in scores[num_scored:]]
         raw["baseline_num_tokens"] = [score.num_tokens for score in scores[num_scored:]]
     return raw
-
-
-def _text_sizes(pair: Pair) -> tuple[int, int]:
-    """UTF-8 bytes and characters of the answer as it is scored, a joining space included."""
-    assert isinstance(pair.answer, str), "rows of token ids are refused where these are needed"
-    return len(pair.answer.encode("utf-8")), len(pair.answer)

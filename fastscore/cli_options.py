@@ -26,7 +26,11 @@ def choices(literal: Any) -> str:
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(metavar="INPUT", help="JSON Lines files or JSON arrays of rows, plain or gzip.", show_default=False),
+    typer.Argument(
+        metavar="INPUT",
+        help="Rows: JSON Lines or JSON arrays, plain or gzip; .parquet, .arrow or .feather; a dataset's folder.",
+        show_default=False,
+    ),
 ]
 ModelName = Annotated[
     str,

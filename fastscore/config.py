@@ -17,11 +17,20 @@ Target = Literal["answer", "query"]
 Reduce = Literal["mean", "sum", "byte", "char", "none"]
 Baseline = Literal["none", "no-context"]
 Normalize = Literal["none", "softmax"]
+Format = Literal[
+    "teacher",
+    "bge",
+    "sentence-transformers",
+    "sentence-transformers-triplets",
+    "sentence-transformers-lists",
+    "pairs",
+]
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_WINDOW_TOKENS = 4_000_000
 """A usual file whole; about 300 MB of token ids and index arrays (a GPU's run holds two windows)."""
 TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
+FORMATS: tuple[str, ...] = get_args(Format)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

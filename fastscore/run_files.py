@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import fastscore
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.output_formats import OutputFormat, make_format
+from fastscore.outputs import Output
 from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
-from fastscore.tasks import output_row, validate_row
+from fastscore.tasks import validate_row
 from fastscore.types import InputError, Row, RunStats, ScoredRow
 
 _REPORT_EVERY_ROWS = 1000
@@ -101,8 +103,9 @@ def run_files(
     skip_bad_rows: bool = False,
     options: Mapping[str, Any] | None = None,
     on_row: Callable[[Row], None] | None = None,
+    output_format: OutputFormat | None = None,
 ) -> Tally:
-    """Run the jobs one after another with one model.
+    """Run the jobs one after another with one model; rows are written in the ``output_format`` (``teacher``).
 
     Outputs are seen to be writable and all rows to be valid before torch is imported. A job's output appears when it
     is whole, and stays when a later job fails. ``options`` go into the metadata; ``on_row`` sees every valid row of
@@ -112,18 +115,23 @@ def run_files(
         InputError: naming file, line and field.
     """
     started = _now()
+    output_format = make_format() if output_format is None else output_format
+    outputs = [Output(job.output, output_format, task_config) for job in jobs]
     for job in jobs:
         for path in (job.output, job.errors, job.meta):
             _check_writable(path)
     inputs = [path for job in jobs for path in job.inputs]
-    total_pairs = check_rows(inputs, task_config, reporter, skip_bad_rows, on_row)
+    output_of = {path: output for job, output in zip(jobs, outputs, strict=True) for path in job.inputs}
+    total_pairs = check_rows(inputs, task_config, reporter, skip_bad_rows, on_row, output_of)
+    for output in outputs:
+        output.settle()
 
     reporter.scoring(total_pairs)
 
     scorer = fastscore.Scorer.from_config(scorer_config)
     total = Tally(stats=scorer.stats)
-    for job in jobs:
-        tally = _run_job(job, scorer, task_config, reporter, skip_bad_rows)
+    for job, output in zip(jobs, outputs, strict=True):
+        tally = _run_job(job, output, scorer, task_config, reporter, skip_bad_rows)
         meta = {
             "fastscore": fastscore.__version__,
             "started": started,
@@ -132,6 +140,7 @@ def run_files(
             "output": str(job.output),
             "options": dict(options or {}),
             "task": asdict(task_config),
+            "format": output_format.describe(),
             "scorer": scorer.describe(),
             "rows": tally.rows,
             "skipped": tally.skipped,
@@ -152,8 +161,11 @@ def check_rows(
     reporter: Reporter,
     skip_bad_rows: bool = False,
     on_row: Callable[[Row], None] | None = None,
+    outputs: Mapping[Path, Output] | None = None,
 ) -> int:
     """The first pass: the number of pairs in all inputs. It needs no model, and no torch.
+
+    Where ``outputs`` say what the rows of each input are written as, it is seen that they can be.
 
     Raises:
         InputError: a bad row, where they are not skipped; no row that can be scored.
@@ -165,14 +177,20 @@ def check_rows(
         bad.append(error)
 
     for path in inputs:
+        output = None if outputs is None else outputs[path]
         for row in read_rows(path, on_error if skip_bad_rows else None):
             try:
-                pairs += validate_row(row, task_config)
+                num_pairs = validate_row(row, task_config)
+                if output is not None:
+                    output.check(row)
             except InputError as error:
                 if not skip_bad_rows:
                     raise
                 bad.append(error)
             else:
+                pairs += num_pairs
+                if output is not None:
+                    output.expect(row)
                 if on_row is not None:
                     on_row(row)
             del bad[1:]  # the first is enough to be named
@@ -184,21 +202,36 @@ def check_rows(
     return pairs
 
 
-def _run_job(job: FileJob, scorer: Any, task_config: TaskConfig, reporter: Reporter, skip_bad_rows: bool) -> Tally:
+def _run_job(
+    job: FileJob, output: Output, scorer: Any, task_config: TaskConfig, reporter: Reporter, skip_bad_rows: bool
+) -> Tally:
     before = replace(scorer.stats)
     tally = Tally()
-    with RowWriter(job.output) as out, BadRows(job.errors) as bad:
+    with output.writer() as out, BadRows(job.errors) as bad:
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
-        stream = scorer.stream_rows(rows, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
+        writable = _writable_rows(rows, task_config, output, bad) if skip_bad_rows else rows
+        stream = scorer.stream_rows(writable, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
         with closing(stream):  # it may read in a thread of its own, which must not outlast the files
             for scored in stream:
-                out.write(output_row(scored.row, task_config, scored.teacher_scores, scored.teacher_raw))
+                output.write(scored, out)
                 tally.count(scored)
     scorer.stats.flush_padded()
     tally.skipped = bad.count
     tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})
     return tally
+
+
+def _writable_rows(rows: Iterable[Row], task_config: TaskConfig, output: Output, bad: BadRows) -> Iterator[Row]:
+    """Those that can be scored and written; the others are recorded, as the first pass found them."""
+    for row in rows:
+        try:
+            validate_row(row, task_config)
+            output.check(row)
+        except InputError as error:
+            bad.add_row(row, error)
+        else:
+            yield row
 
 
 class BadRows:
@@ -221,7 +254,7 @@ class BadRows:
 
     def _add(self, error: InputError, row: Any) -> None:
         if self._writer is None:
-            self._writer = RowWriter(self.path).__enter__()
+            self._writer = RowWriter(self.path, default=str).__enter__()  # a table's row may hold what JSON can't
         self.count += 1
         place = {"path": error.path, "line": error.line, "field": error.field}
         self._writer.write({**place, "error": error.message, "row": row})

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import transformers
 from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import scored_row
+from fastscore.aggregate import scored_rows
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -259,7 +258,7 @@ class Scorer:
         try:
             with closing((score_beside if beside else score_in_turn)(rows, prepare, self.load, launch)) as windows:
                 for window, scores in windows:
-                    yield from _scored_rows(window, scores, task_config)
+                    yield from scored_rows(window.rows, scores, task_config)
                     del window, scores  # not in memory while the next are waited for
         finally:
             if beside:
@@ -318,12 +317,6 @@ class Scorer:
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
         return self.score_requests(requests, on_progress=on_progress)
-
-
-def _scored_rows(window: Window, scores: Sequence[AnswerScore], config: TaskConfig) -> Iterator[ScoredRow]:
-    remaining = iter(scores)
-    for row_pairs in window.rows:
-        yield scored_row(row_pairs, tuple(islice(remaining, len(row_pairs.pairs))), config)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:

@@ -109,12 +109,19 @@ def output_row(
 
     A ``teacher_raw`` that an earlier run left belongs to its scores, and goes with them.
     """
-    dropped = LRLM_FIELDS if make_task(config, row).name == "lrlm" else ()
-    data = {name: value for name, value in row.data.items() if name not in (*dropped, "teacher_raw")}
-    data["teacher_scores"] = [list(score) if isinstance(score, Sequence) else score for score in teacher_scores]
+    added: dict[str, Any] = {
+        "teacher_scores": [list(score) if isinstance(score, Sequence) else score for score in teacher_scores]
+    }
     if teacher_raw is not None:
-        data["teacher_raw"] = teacher_raw
-    return data
+        added["teacher_raw"] = teacher_raw
+    dropped = set(dropped_fields(row, config)) - set(added)
+    return {name: value for name, value in row.data.items() if name not in dropped} | added
+
+
+def dropped_fields(row: Row, config: TaskConfig) -> tuple[str, ...]:
+    """The fields that a scored row does not keep: those of an earlier run, and lrlm's token ids."""
+    earlier = ("teacher_scores", "teacher_raw")
+    return (*earlier, *LRLM_FIELDS) if make_task(config, row).name == "lrlm" else earlier
 
 
 def _plan(row: Row, config: TaskConfig) -> _Plan:

@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 
 BAD_ROWS: list[tuple[str, str]] = [
-    ('{"query": "q"}', "'teacher_scores': missing; expected a list of scores: is this an output of fastscore score?"),
+    ('{"query": "q"}', "'teacher_scores': missing; expected a list of scores: is this an output of fastscore score"),
     ('{"teacher_scores": []}', "'teacher_scores': found [], expected a list of scores"),
     ('{"teacher_scores": "-1"}', "'teacher_scores': found '-1', expected a list of scores"),
     (

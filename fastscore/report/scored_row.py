@@ -92,9 +92,14 @@ def scored_candidates(row: Row, task: TaskConfig) -> ScoredCandidates:
 
 def _scores(row: Row) -> list[float]:
     found = row.data.get("teacher_scores")
+    if found is None and (by_field := [row.data.get("pos_scores"), row.data.get("neg_scores")]) != [None, None]:
+        found = [score for scores in by_field if isinstance(scores, list) for score in scores]  # --format bge
     if not isinstance(found, list) or not found:
         what = "missing; expected" if "teacher_scores" not in row.data else f"found {describe(found)}, expected"
-        raise row.error(f"{what} a list of scores: is this an output of fastscore score?", "teacher_scores")
+        raise row.error(
+            f"{what} a list of scores: is this an output of fastscore score, with --format teacher or bge?",
+            "teacher_scores",
+        )
     if not all(map(_is_score, found)):
         index = next(i for i, score in enumerate(found) if not _is_score(score))
         raise row.error(

@@ -46,9 +46,11 @@ def not_finite(score: AnswerScore, place: str) -> RuntimeError:
 def teacher_scores(pairs: RowPairs, scores: Sequence[AnswerScore], combine: Combine) -> tuple[float, ...]:
     """One score per candidate: the mean log-probability (nats) of its answer, several answers combined.
 
+    Where the pairs say so, the sum takes the place of the mean.
+
     ``logsumexp`` adds the answers' length-normalised probabilities; with more than one answer it may exceed 0.
     """
-    means = [score.mean_logprob for score in scores]
+    means = [score.logprob if pairs.summed else score.mean_logprob for score in scores]
     count = pairs.num_answers
     if count == 1:
         return tuple(means)

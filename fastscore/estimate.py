@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fastscore
+from fastscore.chat import check_chat_template
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.rows import read_rows
 from fastscore.run_files import Reporter, check_readable_twice, check_rows
@@ -81,6 +82,7 @@ def estimate(
     reporter.scoring(total_pairs)
     started = time.perf_counter()
     scorer = fastscore.Scorer.from_config(scorer_config)
+    check_chat_template(scorer.tokenizer, task_config)
     model = scorer.load()
     start_up = time.perf_counter() - started
 

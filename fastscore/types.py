@@ -67,6 +67,8 @@ class Pair:
 
     prompt: str | tuple[int, ...]
     answer: str | tuple[int, ...]
+    is_chat: bool = False
+    """The prompt comes from a chat template, which writes the special tokens itself: the tokenizer adds none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class RowPairs:
     pairs: tuple[Pair, ...]
     num_candidates: int
     num_answers: int
+    summed: bool = False
+    """A pair's score is the sum over its answer's tokens, not their mean."""
 
 
 @dataclass(frozen=True, slots=True)

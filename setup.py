@@ -37,6 +37,7 @@ EXTRAS["dev"] = [
     "pytest-timeout>=2.3",
     "ruff>=0.11",
     "sentencepiece>=0.2",
+    "trl>=1.16,<2; python_version >= '3.11'",
     "types-setuptools",
 ]
 

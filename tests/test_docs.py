@@ -16,7 +16,15 @@ from test_rooms import ROOMS
 from fastscore.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "docs/lm-eval.md", "docs/report.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "docs/chat.md",
+    "docs/lm-eval.md",
+    "docs/report.md",
+)
 OPTION = r"--[a-z][a-z-]+"
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 

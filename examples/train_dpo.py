@@ -1,6 +1,6 @@
-"""Train with DPO on scored preference rows: python examples/train_dpo.py MODEL SCORED.jsonl OUTPUT_DIR
+"""Train with DPO on scored preference rows: python examples/train_dpo.py SCORED.jsonl OUTPUT_DIR
 
-MODEL is the model that the rows were scored with. TRL (pip install trl) reads its reference log-probabilities from
+The model is the one that the rows were scored with. TRL (pip install trl) reads the reference log-probabilities from
 the rows, and no reference model is loaded.
 """
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -29,13 +30,15 @@ class ScoredDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
-def trainer(model: str, scored: Path, output: Path, **options: Any) -> ScoredDPOTrainer:
+def trainer(scored: Path, output: Path, **options: Any) -> ScoredDPOTrainer:
     """A trainer on the rows; ``options`` go to ``DPOConfig``."""
     meta = json.loads(scored.with_name(f"{scored.name}.meta.json").read_text(encoding="utf-8"))
+    model = meta["scorer"]["model_path"]
     config = DPOConfig(
         output_dir=str(output),
         precompute_ref_log_probs=True,
         max_length=meta["task"]["max_length"],  # sequences must be cut where they were when they were scored
+        use_cpu=not torch.cuda.is_available(),
         **options,
     )
     return ScoredDPOTrainer(
@@ -47,11 +50,11 @@ def trainer(model: str, scored: Path, output: Path, **options: Any) -> ScoredDPO
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 3:
+    if len(arguments) != 2:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2
-    model, scored, output = arguments
-    trainer(model, Path(scored), Path(output)).train()
+    scored, output = arguments
+    trainer(Path(scored), Path(output)).train()
     return 0
 
 

@@ -52,24 +52,20 @@ def read_preference(row: Row) -> Preference:
         chosen, rejected = (checked_messages(row, given[name], name) for name in ("chosen", "rejected"))
         prompt = None if given["prompt"] is None else checked_messages(row, given["prompt"], "prompt")
         if prompt is None:
-            prompt, chosen, rejected = _split(row, chosen, rejected, _prompt_length(chosen, rejected))
+            prompt, chosen, rejected = _split(row, chosen, rejected)
         return Preference(prompt, chosen, rejected, _template_options(row))
-    texts = [checked_text(row, given[name], name) for name in ("chosen", "rejected")]
+    good, bad = (checked_text(row, given[name], name) for name in ("chosen", "rejected"))
     if given["prompt"] is None:
-        return Preference(*_split(row, *texts, _prompt_length(*texts)))
-    return Preference(checked_text(row, given["prompt"], "prompt"), *texts)
+        return Preference(*_split(row, good, bad))
+    return Preference(checked_text(row, given["prompt"], "prompt"), good, bad)
 
 
-def _prompt_length(chosen: str | list[Message], rejected: str | list[Message]) -> int:
-    """How much of the beginning is the prompt: of two texts without the space before they part, and of two of which
-    one is the other's beginning, all but the last character or message."""
+def _split(row: Row, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """What both begin with as the prompt: of two texts without the space before they part, and of two of which one is
+    the other's beginning, all but the last character or message."""
     length = common_length(chosen, rejected)
     if length == min(len(chosen), len(rejected)) or chosen[length - 1] == " ":
         length -= 1
-    return length
-
-
-def _split(row: Row, chosen: Any, rejected: Any, length: int) -> tuple[Any, Any, Any]:
     if length < 1:
         raise row.error("missing, and 'chosen' and 'rejected' have no beginning in common", "prompt")
     return chosen[:length], chosen[length:], rejected[length:]

@@ -148,8 +148,8 @@ def test_training_starts_from_the_reference(folder: Path, tmp_path: Path, monkey
     monkeypatch.delitem(sys.modules, "train_dpo", raising=False)
     from train_dpo import trainer
 
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
-    training = trainer(str(folder), scored, tmp_path / "trained", **options)
+    options = {"bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
+    training = trainer(scored, tmp_path / "trained", **options)
     assert training.ref_model is None
     training.train()
     (first,) = [entry for entry in training.state.log_history if "loss" in entry]

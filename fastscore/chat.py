@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastscore.config import TaskConfig
@@ -54,7 +54,10 @@ class ChatTemplate:
             if pair.prompt not in prompts:
                 messages = [{"role": "user", "content": pair.prompt}] if conversation is None else conversation
                 prompts[pair.prompt] = self.render([*before, *messages], add_generation_prompt=True)
-        return [Pair(prompts[pair.prompt], str(pair.answer).removeprefix(" "), is_chat=True) for pair in pairs]
+        return [
+            replace(pair, prompt=prompts[pair.prompt], answer=str(pair.answer).removeprefix(" "), is_chat=True)
+            for pair in pairs
+        ]
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> None:

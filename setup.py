@@ -43,6 +43,7 @@ EXTRAS["dev"] = [
     "ruff>=0.11",
     "sentence-transformers>=5,<6",  # its losses read what --format writes
     "sentencepiece>=0.2",
+    "trl>=1.16,<2; python_version >= '3.11'",
     "types-setuptools",
 ]
 

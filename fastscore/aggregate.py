@@ -61,12 +61,15 @@ def teacher_scores(
 ) -> TeacherScores:
     """One score per candidate, as ``score`` defines it; by default the mean log-probability (nats) of its answer.
 
+    Where the pairs say so, it is the sum in any case.
+
     ``logsumexp`` adds the answers' length-normalised probabilities; with more than one answer it may exceed 0.
     """
     score = ScoreConfig() if score is None else score
     if score.reduce == "none":
         return tuple(found.token_logprobs for found in scores)
-    values = [reduced(pair, found, score.reduce) for pair, found in zip(pairs.pairs, scores, strict=True)]
+    reduce = "sum" if pairs.summed else score.reduce
+    values = [reduced(pair, found, reduce) for pair, found in zip(pairs.pairs, scores, strict=True)]
     count = pairs.num_answers
     num_scored = pairs.num_candidates * count
     if pairs.has_baseline:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastscore.config import TaskConfig
-from fastscore.tasks import describe, make_task
+from fastscore.fields import describe
+from fastscore.tasks import make_task
 from fastscore.types import Row
 
 _RANKED = "one positive and one negative, and a score for each"
@@ -17,6 +18,8 @@ def candidate_places(row: Row, config: TaskConfig) -> list[tuple[str | None, int
     task = make_task(config, row)
     if task.name == "pairs":
         return [("continuation", 0)]
+    if task.name == "preference":
+        return [("chosen", 0), ("rejected", 0)]
     if task.template is not None and not task.template.has_key:
         return [(None, 0)]
     if task.name == "choices":
@@ -30,6 +33,7 @@ def candidate_places(row: Row, config: TaskConfig) -> list[tuple[str | None, int
 
 def check_ranked(row: Row, config: TaskConfig, name: str) -> None:
     """See that the row has a query, and that its scores are those of positives and negatives, which are texts."""
+    check_candidates(row, config, name)
     check_text(row, row.data.get("query"), "query", name)
     places = candidate_places(row, config)
     for field in ("pos", "neg"):
@@ -38,6 +42,12 @@ def check_ranked(row: Row, config: TaskConfig, name: str) -> None:
             raise row.error(f"--format {name} needs at least {_RANKED}", field)
         for index in indices:
             check_text(row, row.data[field][index], f"{field}[{index}]", name)
+
+
+def check_candidates(row: Row, config: TaskConfig, name: str) -> None:
+    """See that the row's task has candidates that a query can be put beside."""
+    if make_task(config, row).name == "preference":
+        raise row.error(f"--format {name} needs candidates, and the task 'preference' has none", "task")
 
 
 def check_text(row: Row, value: object, field: str, name: str) -> None:

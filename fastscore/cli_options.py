@@ -131,6 +131,33 @@ Seed = Annotated[int, typer.Option(metavar="N", help="For --answers sample.", ri
 KeyMaxLength = Annotated[
     int, typer.Option(metavar="N", help="Candidates are cut to this many tokens.", rich_help_panel=TASK)
 ]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        metavar=NO_VALUE,
+        help="Prompts go through the tokenizer's chat template, as the user's message.",
+        rich_help_panel=TASK,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="With --chat-template, a system message before it; \\n and \\t as usual.",
+        rich_help_panel=TASK,
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Task preference: prompt and answer are cut to this many tokens, as TRL's max_length does it.",
+        rich_help_panel=TASK,
+        show_default="nothing is cut",
+    ),
+]
 OverflowHow = Annotated[
     str,
     typer.Option(
@@ -232,8 +259,9 @@ def make_configs(options: Mapping[str, Any]) -> tuple[ScorerConfig, TaskConfig]:
         scorer_config = ScorerConfig(**{name: options[name] for name in ScorerConfig.__slots__ if name in options})
         score = ScoreConfig(**{name: options[name] for name in ScoreConfig.__slots__})
         fields = {name: options[name] for name in TaskConfig.__slots__ if name != "score"}
-        if fields["template"] is not None:
-            fields["template"] = unescape(fields["template"])
+        for name in ("template", "system_prompt"):
+            if fields[name] is not None:
+                fields[name] = unescape(fields[name])
         task_config = TaskConfig(**fields, score=score)
         if task_config.template is not None:
             parse_template(task_config.template, target=score.target)

@@ -29,8 +29,13 @@ Format = Literal[
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_WINDOW_TOKENS = 4_000_000
 """A usual file whole; about 300 MB of token ids and index arrays (a GPU's run holds two windows)."""
-TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
+TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices", "preference")
 FORMATS: tuple[str, ...] = get_args(Format)
+NO_CHAT_TEMPLATE = {
+    "lrlm": "its prompts are token ids",
+    "preference": "its conversations go through the template by themselves",
+}
+"""Tasks that the option is not for, and why."""
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -154,6 +159,9 @@ class TaskConfig:
     template: a template of the user's own (see fastscore.tasks); then ``task`` must be None.
     answers: ``first``, ``all`` (then ``combine`` applies), or ``sample`` (one per row, drawn by ``seed``).
     key_max_length: candidates are cut to this many tokens.
+    chat_template: prompts go through the tokenizer's chat template, as the user's message.
+    system_prompt: a system message before it.
+    max_length: task preference: prompt and answer are cut to this many tokens at their end, as TRL does it.
     score: what a score is.
     """
 
@@ -163,6 +171,9 @@ class TaskConfig:
     combine: Combine = "max"
     seed: int = 0
     key_max_length: int = 512
+    chat_template: bool = False
+    system_prompt: str | None = None
+    max_length: int | None = None
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def __post_init__(self) -> None:
@@ -175,6 +186,19 @@ class TaskConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number; found {self.seed!r}")
         _check_positive("key_max_length", self.key_max_length)
+        if not isinstance(self.chat_template, bool):
+            raise ValueError(f"chat_template must be True or False; found {self.chat_template!r}")
+        if self.chat_template and self.task in NO_CHAT_TEMPLATE:
+            raise ValueError(f"chat_template is not for task {self.task}: {NO_CHAT_TEMPLATE[self.task]}")
+        if self.system_prompt is not None:
+            if not isinstance(self.system_prompt, str) or not self.system_prompt.strip():
+                raise ValueError(f"system_prompt must be a text; found {self.system_prompt!r}")
+            if not self.chat_template:
+                raise ValueError("system_prompt is part of a chat: it needs chat_template")
+        if self.max_length is not None:
+            _check_positive("max_length", self.max_length)
+            if self.task not in (None, "preference") or self.template is not None:
+                raise ValueError("max_length belongs to the task preference")
         if self.answers != "first" and self.score.target == "query":
             raise ValueError("target query scores the query: answers are not read")
         if self.answers == "all" and self.score.reduce == "none":

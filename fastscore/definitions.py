@@ -30,6 +30,8 @@ def check_definition(row: Row, task: str, template: Template | None, score: Scor
     Raises:
         InputError: it has none.
     """
+    if task == "preference":
+        _check_preference(row, score)
     is_lrlm = task == "lrlm"
     has_candidates = is_lrlm if template is None else template.has_key
     if score.target == "query" and template is None and not is_lrlm:
@@ -46,3 +48,17 @@ def _no(row: Row, task: str, what: str) -> InputError:
     if task == "template":
         return row.error(f"a template without {{key}} has no {what}", "template")
     return row.error(f"the task {task!r} has no {what}", "task")
+
+
+def _check_preference(row: Row, score: ScoreConfig) -> None:
+    asked = {
+        f"--target {score.target}": score.target != "answer",
+        f"--reduce {score.reduce}": score.reduce not in ("mean", "sum"),
+        f"--baseline {score.baseline}": score.baseline != "none",
+        f"--normalize {score.normalize}": score.normalize != "none",
+        "--append-eos": score.append_eos,
+        "--keep-raw": score.keep_raw,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise row.error(f"the task 'preference' has no {option}: its scores are sums over TRL's tokens", "task")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
-from fastscore.candidates import candidate_places, check_ranked, check_text
+from fastscore.candidates import candidate_places, check_candidates, check_ranked, check_text
 from fastscore.config import FORMATS, Format, TaskConfig
-from fastscore.tasks import dropped_fields, output_row
+from fastscore.preference import OUTPUTS
+from fastscore.tasks import dropped_fields, make_task, output_row
 from fastscore.types import ColumnType, InputError, Row, ScoredRow
 
 SCORES = "teacher_scores"
@@ -19,9 +20,10 @@ class OutputFormat:
 
     name: Format = "teacher"
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
-        """The columns that are not the row's own, with their types."""
-        return {SCORES: f"list<{_score_type(config)}>", **_raw(config)}
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
+        """The columns that are not the rows' own, with their types, for rows of the ``tasks``."""
+        sums: dict[str, ColumnType] = dict.fromkeys(OUTPUTS, "double") if "preference" in tasks else {}
+        return sums if tasks == {"preference"} else {SCORES: f"list<{_score_type(config)}>", **_raw(config), **sums}
 
     def check_scores(self, config: TaskConfig) -> None:
         """See that scores can be written as the run defines them.
@@ -39,7 +41,7 @@ class OutputFormat:
 
     def kept(self, row: Row, config: TaskConfig) -> dict[str, Any]:
         """The row's own fields that are written."""
-        dropped = {*dropped_fields(row, config), *self.added(config)}
+        dropped = {*dropped_fields(row, config), *self.added(config, {make_task(config, row).name})}
         return {name: value for name, value in row.data.items() if name not in dropped}
 
     def rows(self, scored: ScoredRow, config: TaskConfig) -> Iterator[dict[str, Any]]:
@@ -59,7 +61,7 @@ class _Bge(OutputFormat):
 
     name = "bge"
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
         return {"pos_scores": "list<double>", "neg_scores": "list<double>", **_raw(config)}
 
     def check_scores(self, config: TaskConfig) -> None:
@@ -100,7 +102,7 @@ class _SentenceTransformers(_Texts):
         self._num_negatives = num_negatives
         self._asked = num_negatives is not None
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
         texts = ("query", "positive", *self._names())
         return {**dict.fromkeys(texts, "string"), "label": "list<double>"}
 
@@ -141,7 +143,7 @@ class _SentenceTransformersTriplets(_Texts):
 
     name = "sentence-transformers-triplets"
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
         return {"query": "string", "positive": "string", "negative": "string", "label": "list<double>"}
 
     def check(self, row: Row, config: TaskConfig) -> None:
@@ -159,10 +161,11 @@ class _SentenceTransformersLists(_Texts):
 
     name = "sentence-transformers-lists"
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
         return {"query": "string", "docs": "list<string>", "labels": "list<double>"}
 
     def check(self, row: Row, config: TaskConfig) -> None:
+        check_candidates(row, config, self.name)
         check_text(row, row.data.get("query"), "query", self.name)
         places = candidate_places(row, config)
         for field, index in places:
@@ -185,7 +188,7 @@ class _Pairs(OutputFormat):
 
     name = "pairs"
 
-    def added(self, config: TaskConfig) -> dict[str, ColumnType]:
+    def added(self, config: TaskConfig, tasks: Set[str]) -> dict[str, ColumnType]:
         return {
             "file": "string",
             "row": "int64",

@@ -10,6 +10,7 @@ from fastscore.output_formats import OutputFormat
 from fastscore.rows import RowWriter
 from fastscore.table_rows import check_extra
 from fastscore.table_schema import TableColumns, check_json_can_hold
+from fastscore.tasks import make_task
 from fastscore.types import InputError, Row, ScoredRow, is_table
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Output:
         self._task_config = task_config
         self._columns: TableColumns | None = None
         self._tables: set[str] = set()
+        self._seen: set[str] = set()
         if path.name.endswith(".gz") and is_table(path.stem):
             raise InputError("Parquet and Arrow files are not packed once more: leave out .gz", path=str(path))
         if is_table(path):
@@ -51,6 +53,7 @@ class Output:
             InputError: its columns can't be, whether it is skipped or not.
         """
         if self._columns is not None:
+            self._seen.add(make_task(self._task_config, row).name)
             self._columns.add(row, self._format.kept(row, self._task_config))
         elif is_table(row.path) and row.path not in self._tables:
             self._tables.add(str(row.path))
@@ -59,7 +62,7 @@ class Output:
     def settle(self) -> None:
         """After the first pass."""
         if self._columns is not None:
-            self._schema = self._columns.schema(self._format.added(self._task_config))
+            self._schema = self._columns.schema(self._format.added(self._task_config, self._seen))
 
     def writer(self) -> RowWriter | TableWriter:
         """The file, to be entered."""

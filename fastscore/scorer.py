@@ -14,6 +14,7 @@ from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastscore.aggregate import scored_rows
+from fastscore.chat import check_chat_template
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -213,17 +214,24 @@ class Scorer:
         combine: Combine = "max",
         seed: int = 0,
         key_max_length: int = 512,
+        chat_template: bool = False,
+        system_prompt: str | None = None,
+        max_length: int | None = None,
         score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
         """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
         ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
+        Preference rows get the sums ``ref_chosen_logps`` and ``ref_rejected_logps`` instead.
 
         Raises:
             InputError: naming the row (counted from 1) and its field.
         """
-        config = TaskConfig(task, template, answers, combine, seed, key_max_length, score or ScoreConfig())
+        score = score or ScoreConfig()
+        config = TaskConfig(
+            task, template, answers, combine, seed, key_max_length, chat_template, system_prompt, max_length, score
+        )
         numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
         stream = self.stream_rows(numbered, config)
         return [output_row(scored.row, config, scored.teacher_scores, scored.teacher_raw) for scored in stream]
@@ -242,8 +250,7 @@ class Scorer:
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
         early).
         """
-        if task_config.score.append_eos:
-            self._pair_tokenizer.check_eos()
+        self.check_task(task_config)
         beside = runs_beside_host(choose_device(self.config.device))
         tokenizer = self._pair_tokenizer
         if beside:  # the thread's own: this one is the user's, and its settings change from call to call
@@ -268,9 +275,18 @@ class Scorer:
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
         """The windows that :meth:`stream_rows` would score, and what each asks of the model. Loads the model."""
-        if task_config.score.append_eos:
-            self._pair_tokenizer.check_eos()
+        self.check_task(task_config)
         return self._prepare(rows, task_config, on_bad_row, self._pair_tokenizer, self.load)
+
+    def check_task(self, config: TaskConfig) -> None:
+        """See that the tokenizer has what the task asks for: a chat template, an EOS token. Loads no weights.
+
+        Raises:
+            InputError: it has not.
+        """
+        check_chat_template(self.tokenizer, config)
+        if config.score.append_eos:
+            self._pair_tokenizer.check_eos()
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""

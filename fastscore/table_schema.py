@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastscore.fields import describe
 from fastscore.table_rows import first_line, table_schema
-from fastscore.tasks import describe
 from fastscore.types import ColumnType, InputError, Row, is_table
 
 if TYPE_CHECKING:

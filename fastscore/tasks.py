@@ -8,8 +8,10 @@ Built-in tasks, ``|`` being where the answer begins:
 - ``lrlm``: token ids, ``score_inputs[i] + context_inputs + query_inputs | answer_inputs``
 - ``pairs``: ``{context}|{continuation}``
 - ``choices``: ``{context}| {choice}`` for each of ``choices``; no space is added to a choice that begins with one
+- ``preference``: ``{prompt}|{chosen}`` and ``{prompt}|{rejected}`` as TRL tokenises them (fastscore.preference)
 
-A template of the user's own takes the place of the built-in ones (:func:`fastscore.templates.parse_template`).
+A template of the user's own takes the place of the built-in ones (:func:`fastscore.templates.parse_template`). With
+``chat_template`` the text before the answer goes through the tokenizer's chat template (:mod:`fastscore.chat`).
 
 With ``target="query"`` the query is scored, and answers are not read: ``qa`` and ``convsearch`` become
 ``Passage: {key}. Please write a question based on this passage.| {query}`` (UPR), the others end with their query.
@@ -23,10 +25,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastscore.config import TASKS, ScoreConfig, TaskConfig
+from fastscore.chat import ChatTemplate
+from fastscore.config import NO_CHAT_TEMPLATE, TASKS, ScoreConfig, TaskConfig
 from fastscore.definitions import QUERY_TEMPLATES, check_definition, without_passage
+from fastscore.fields import Message, checked_messages, checked_text, describe, mistyped
+from fastscore.preference import OUTPUTS, Preference, preference_pairs, read_preference
 from fastscore.templates import Template, parse_template
-from fastscore.types import InputError, Pair, Row, RowPairs
+from fastscore.types import Pair, Row, RowPairs
 
 LRLM_FIELDS = ("query_inputs", "answer_inputs", "context_inputs", "score_inputs")
 """Fields of token ids that the ``lrlm`` task reads and leaves out of its output."""
@@ -52,13 +57,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A row whose every field was found to be right. ``build`` makes the pairs from the truncated ``keys``."""
+    """A row whose every field was found to be right. ``build`` makes the pairs from the truncated ``keys``.
+
+    ``conversation`` stands before the answers in the place of their prompts, where the row's context is one.
+    """
 
     num_candidates: int
     num_answers: int
     keys: list[str]
     build: Callable[[Sequence[str]], list[Pair]]
     num_baselines: int = 0
+    conversation: list[Message] | None = None
+    preference: Preference | None = None
 
 
 def make_task(config: TaskConfig, row: Row) -> Task:
@@ -87,16 +97,26 @@ def validate_row(row: Row, config: TaskConfig) -> int:
     return plan.num_candidates * plan.num_answers + plan.num_baselines
 
 
-def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys) -> RowPairs:
+def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys, chat: ChatTemplate | None = None) -> RowPairs:
     """Check the row and make its pairs. ``truncate_keys`` is called once with all candidates' texts, if there are any.
+
+    ``chat`` is needed for ``chat_template`` and for the task ``preference``.
 
     Raises:
         InputError: naming the row and the field.
     """
     plan = _plan(row, config)
+    if plan.preference is not None:
+        assert chat is not None, "preference rows are tokenised here"
+        pairs = preference_pairs(plan.preference, chat, config.max_length)
+        return RowPairs(row, pairs, plan.num_candidates, plan.num_answers, summed=True)
     keys = truncate_keys(plan.keys) if plan.keys else []
     assert len(keys) == len(plan.keys), "truncating gives back every candidate"
-    return RowPairs(row, tuple(plan.build(keys)), plan.num_candidates, plan.num_answers)
+    built = plan.build(keys)
+    if config.chat_template:
+        assert chat is not None, "a chat template belongs to a tokenizer"
+        built = chat.pairs(built, plan.conversation)
+    return RowPairs(row, tuple(built), plan.num_candidates, plan.num_answers)
 
 
 def output_row(
@@ -107,8 +127,11 @@ def output_row(
 ) -> dict[str, Any]:
     """The row to write: every field in its order, ``teacher_scores`` added or replaced, lrlm's token ids dropped.
 
-    A ``teacher_raw`` that an earlier run left belongs to its scores, and goes with them.
+    Preference rows get ``ref_chosen_logps`` and ``ref_rejected_logps`` instead. A ``teacher_raw`` that an earlier run
+    left belongs to its scores, and goes with them.
     """
+    if make_task(config, row).name == "preference":
+        return row.data | dict(zip(OUTPUTS, teacher_scores, strict=True))
     added: dict[str, Any] = {
         "teacher_scores": [list(score) if isinstance(score, Sequence) else score for score in teacher_scores]
     }
@@ -120,27 +143,45 @@ def output_row(
 
 def dropped_fields(row: Row, config: TaskConfig) -> tuple[str, ...]:
     """The fields that a scored row does not keep: those of an earlier run, and lrlm's token ids."""
+    task = make_task(config, row).name
+    if task == "preference":
+        return OUTPUTS
     earlier = ("teacher_scores", "teacher_raw")
-    return (*earlier, *LRLM_FIELDS) if make_task(config, row).name == "lrlm" else earlier
+    return (*earlier, *LRLM_FIELDS) if task == "lrlm" else earlier
 
 
 def _plan(row: Row, config: TaskConfig) -> _Plan:
     task = make_task(config, row)
     check_definition(row, task.name, task.template, config.score)
+    if config.chat_template and task.name in NO_CHAT_TEMPLATE:
+        raise row.error(f"chat_template is not for {task.name}: {NO_CHAT_TEMPLATE[task.name]}", "task")
     if task.template is not None:
         return _plan_template(row, task, task.template, config)
     if task.name == "lrlm":
         return _plan_lrlm(row, config.score)
-    context = _text(row, "context")
+    if task.name == "preference":
+        return _Plan(2, 1, [], lambda _: [], preference=read_preference(row))
+    conversation = _conversation(row, config) if isinstance(row.data.get("context"), list) else None
+    context = "" if conversation else _text(row, "context")
     if task.name == "pairs":
         continuation = _answer(row, row.data.get("continuation"), "continuation")
-        return _Plan(1, 1, [], lambda _: [Pair(context, continuation)])
+        return _Plan(1, 1, [], lambda _: [Pair(context, continuation)], conversation=conversation)
     choices = _list(row, "choices", "a non-empty list of strings")
     if not choices:
         raise row.error("expected a non-empty list of strings, found []", "choices")
     answers = [_answer(row, choice, f"choices[{index}]") for index, choice in enumerate(choices)]
     joined = [choice if choice[0].isspace() else f" {choice}" for choice in answers]
-    return _Plan(len(joined), 1, [], lambda _: [Pair(context, answer) for answer in joined])
+    return _Plan(len(joined), 1, [], lambda _: [Pair(context, answer) for answer in joined], conversation=conversation)
+
+
+def _conversation(row: Row, config: TaskConfig) -> list[Message]:
+    """The context as messages, which only a chat template makes a text of."""
+    messages = checked_messages(row, row.data["context"], "context")
+    if not config.chat_template:
+        raise row.error("a list of messages needs --chat-template; expected a string", "context")
+    if config.system_prompt is not None and messages[0]["role"] == "system":
+        raise row.error("the conversation has a system message of its own, and --system-prompt is another", "context")
+    return messages
 
 
 def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig) -> _Plan:
@@ -160,7 +201,8 @@ def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig)
         return [Pair(prompt, template.answer(answer)) for prompt in prompts for answer in answers]
 
     num_candidates = len(keys) if template.has_key else 1
-    return _Plan(num_candidates, len(answers), keys, build, len(answers) if baseline is not None else 0)
+    num_baselines = len(answers) if baseline is not None else 0
+    return _Plan(num_candidates, len(answers), keys, build, num_baselines=num_baselines)
 
 
 def _plan_lrlm(row: Row, score: ScoreConfig) -> _Plan:
@@ -199,7 +241,8 @@ def _plan_lrlm(row: Row, score: ScoreConfig) -> _Plan:
             f"expected one list for each of the {num_keys} candidates in {' + '.join(given)}, found {num_candidates}",
             "score_inputs",
         )
-    return _Plan(num_candidates, 1, [], lambda _: [Pair(prompt, answer) for prompt in prompts], num_baselines)
+    pairs = [Pair(prompt, answer) for prompt in prompts]
+    return _Plan(num_candidates, 1, [], lambda _: pairs, num_baselines=num_baselines)
 
 
 def _candidates(row: Row, task: Task) -> list[str]:
@@ -210,7 +253,7 @@ def _candidates(row: Row, task: Task) -> list[str]:
     else:
         fields = [field for field in ("pos", "neg") if row.data.get(field) is not None]
     keys = [
-        _checked(row, key, f"{field}[{index}]")
+        checked_text(row, key, f"{field}[{index}]")
         for field in fields
         for index, key in enumerate(_list(row, field, "a list of strings"))
     ]
@@ -230,7 +273,7 @@ def _answers(row: Row, config: TaskConfig, prompt_values: list[str]) -> list[str
         return [_answer(row, found, field)]
     if field == "answer" or not isinstance(found, list) or not found:
         expected = "a string" if field == "answer" else "a non-empty list of strings"
-        raise _mistyped(row, field, expected, found)
+        raise mistyped(row, field, expected, found)
     for index, answer in enumerate(found):
         if not isinstance(answer, str):
             raise row.error(f"expected a string, found {describe(answer)}", f"{field}[{index}]")
@@ -245,61 +288,27 @@ def _answers(row: Row, config: TaskConfig, prompt_values: list[str]) -> list[str
 
 
 def _answer(row: Row, value: Any, field: str) -> str:
-    text = _checked(row, value, field)
+    text = checked_text(row, value, field)
     if not text.strip():
         raise row.error(f"the {'query' if field == 'query' else 'answer'} is empty, found {describe(text)}", field)
     return text
 
 
 def _text(row: Row, field: str) -> str:
-    return _checked(row, row.data.get(field), field)
-
-
-def _checked(row: Row, value: Any, field: str) -> str:
-    """The value, if it is a text that a tokenizer takes as it is."""
-    if not isinstance(value, str):
-        raise _mistyped(row, field, "a string", value)
-    if "\0" in value:
-        raise row.error(f"contains a NUL character at character {value.index(chr(0))}", field)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise row.error(f"contains the lone surrogate U+{code:04X} at character {error.start}", field) from None
-    return value
+    return checked_text(row, row.data.get(field), field)
 
 
 def _list(row: Row, field: str, expected: str) -> list[Any]:
     value = row.data.get(field)
     if not isinstance(value, list):
-        raise _mistyped(row, field, expected, value)
+        raise mistyped(row, field, expected, value)
     return value
 
 
 def _token_ids(row: Row, value: Any, field: str) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise _mistyped(row, field, "a list of token ids", value)
+        raise mistyped(row, field, "a list of token ids", value)
     if not set(map(type, value)) <= {int} or (value and min(value) < 0):
         index = next(i for i, token in enumerate(value) if type(token) is not int or token < 0)
         raise row.error(f"expected a whole number of at least 0, found {describe(value[index])}", f"{field}[{index}]")
     return tuple(value)
-
-
-def _mistyped(row: Row, field: str, expected: str, value: Any) -> InputError:
-    if value is None and field not in row.data and not field.endswith("]"):
-        return row.error(f"missing; expected {expected}", field)
-    return row.error(f"expected {expected}, found {describe(value)}", field)
-
-
-def describe(value: object) -> str:
-    """A value in a few words on one line, whatever its size."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else f"{value[:40]}…")
-    if isinstance(value, int | float):
-        text = repr(value)
-        return text if len(text) <= 40 else f"{text[:40]}…"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "[]"
-    return "an object" if isinstance(value, dict) else f"a value of type {type(value).__name__}"

@@ -85,6 +85,8 @@ class Pair:
 
     prompt: str | tuple[int, ...]
     answer: str | tuple[int, ...]
+    is_chat: bool = False
+    """The prompt comes from a chat template, which writes the special tokens itself: the tokenizer adds none."""
 
     @property
     def num_bytes(self) -> int | None:
@@ -111,6 +113,8 @@ class RowPairs:
     pairs: tuple[Pair, ...]
     num_candidates: int
     num_answers: int
+    summed: bool = False
+    """A pair's score is the sum over its answer's tokens, not their mean."""
 
     @property
     def has_baseline(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from fastscore.chat import ChatTemplate
 from fastscore.config import TaskConfig
 from fastscore.tasks import expand_row
 from fastscore.tokenization import PairTokenizer
@@ -82,9 +83,13 @@ def _expanded(
     rows: Iterable[Row], config: TaskConfig, tokenizer: PairTokenizer, on_bad_row: OnBadRow | None
 ) -> Iterator[RowPairs]:
     truncate = partial(tokenizer.truncate_keys, max_length=config.key_max_length)
+    chat = ChatTemplate(tokenizer.tokenizer, config.system_prompt)
     for row in rows:
         try:
-            yield expand_row(row, config, truncate)
+            expanded = expand_row(row, config, truncate, chat)
+            if expanded.summed and tokenizer.is_encoder_decoder:
+                raise InputError("the task preference needs a causal model, and this is an encoder-decoder")
+            yield expanded
         except InputError as error:
             _report(row, error, on_bad_row)
 

@@ -23,6 +23,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "examples/README.md",
+    "docs/chat.md",
     "docs/formats.md",
     "docs/lm-eval.md",
     "docs/report.md",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastscore.config import ScoreConfig, TaskConfig
+from fastscore.fields import describe
 from fastscore.report.definition import said
 from fastscore.report.words import count, duration, share, size
 from fastscore.rows import read_rows
 from fastscore.run_files import FileJob
-from fastscore.tasks import describe
 from fastscore.templates import parse_template
 from fastscore.types import Row
 

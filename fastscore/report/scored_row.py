@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastscore.config import TaskConfig
-from fastscore.tasks import describe
+from fastscore.fields import describe
 from fastscore.templates import parse_template
 from fastscore.types import Row
 

@@ -33,8 +33,8 @@ def fidelity(folder: Path) -> str:
             f"**Distance from the truth.** `python bench/fidelity.py --queries {task['queries']}`: {task['queries']} "
             f"Natural Questions queries with 16 passages each ({task['pairs']:,} pairs, {task['answer_tokens']:,} "
             f"answer tokens) with {report['model']}; {machine(report['environment'])}. The truth is each pair alone, "
-            "unpadded, in plain transformers in fp32. Nats; tau is Kendall's, the mean over queries; the last column says "
-            f"how often another candidate became the best ({link(FIDELITY)}):"
+            "unpadded, in plain transformers in fp32. Nats; tau is Kendall's, the mean over queries; the last column "
+            f"says how often another candidate became the best ({link(FIDELITY)}):"
         ),
         "",
         "| | per token, mean | per pair, mean | per pair, largest | tau | best changed |",

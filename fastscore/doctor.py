@@ -32,6 +32,7 @@ OPTIONAL = (
     Optional("flash-attn", "faster attention on CUDA", "pip install 'fastscore[flash-attn]'"),
     Optional("lm-eval", "fastscore lm-eval", "pip install 'fastscore[lm-eval]'"),
     Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
+    Optional("pyarrow", "Parquet and Arrow files", "pip install 'fastscore[tables]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import teacher_scores
+from fastscore.aggregate import scored_rows
 from fastscore.cache_file import CacheAt
+from fastscore.chat import check_chat_template
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -24,6 +24,7 @@ from fastscore.config import (
     Overflow,
     Quantize,
     Residual,
+    ScoreConfig,
     ScorerConfig,
     TaskConfig,
 )
@@ -224,18 +225,27 @@ class Scorer:
         combine: Combine = "max",
         seed: int = 0,
         key_max_length: int = 512,
+        chat_template: bool = False,
+        system_prompt: str | None = None,
+        max_length: int | None = None,
+        score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
         """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
-        ``pos + neg`` (or ``history``, or ``choices``); higher is better.
+        ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
+        Preference rows get the sums ``ref_chosen_logps`` and ``ref_rejected_logps`` instead.
 
         Raises:
             InputError: naming the row (counted from 1) and its field.
         """
-        config = TaskConfig(task, template, answers, combine, seed, key_max_length)
+        score = score or ScoreConfig()
+        config = TaskConfig(
+            task, template, answers, combine, seed, key_max_length, chat_template, system_prompt, max_length, score
+        )
         numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
-        return [output_row(scored.row, config, scored.teacher_scores) for scored in self.stream_rows(numbered, config)]
+        stream = self.stream_rows(numbered, config)
+        return [output_row(scored.row, config, scored.teacher_scores, scored.teacher_raw) for scored in stream]
 
     def stream_rows(
         self,
@@ -252,6 +262,7 @@ class Scorer:
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
         early). ``cache`` takes the place of the scorer's own.
         """
+        self.check_task(task_config)
         beside = runs_beside_host(choose_device(self.config.device))
         tokenizer = self._pair_tokenizer
         if beside:  # the thread's own: this one is the user's, and its settings change from call to call
@@ -271,13 +282,14 @@ class Scorer:
                 stack.callback(self._spare_tokenizers.append, tokenizer)
             score = score_beside if beside else score_in_turn
             for window, scores in stack.enter_context(closing(score(rows, prepare, self.load, launch))):
-                yield from _scored_rows(window, scores, task_config.combine)
+                yield from scored_rows(window.rows, scores, task_config)
                 del window, scores  # not in memory while the next are waited for
 
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
         """The windows that :meth:`stream_rows` would score without a cache, and their plans. Loads the model."""
+        self.check_task(task_config)
         windows = read_windows(rows, task_config, self._pair_tokenizer, self.config.window_tokens, on_bad_row)
         for window in windows:
             yield window, self._model.plan(window.requests)
@@ -299,6 +311,16 @@ class Scorer:
             self._identity = score_identity(self._model, self.config, self._source, self._commit)
         return self._identity
 
+    def check_task(self, config: TaskConfig) -> None:
+        """See that the tokenizer has what the task asks for: a chat template, an EOS token. Loads no weights.
+
+        Raises:
+            InputError: it has not.
+        """
+        check_chat_template(self.tokenizer, config)
+        if config.score.append_eos:
+            self._pair_tokenizer.check_eos()
+
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""
         return describe_run(self._model, self.config, self.model_path, self._commit)
@@ -317,13 +339,6 @@ class Scorer:
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
         return self.score_requests(requests, on_progress=on_progress)
-
-
-def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:
-    remaining = iter(scores)
-    for row_pairs in window.rows:
-        row_scores = tuple(islice(remaining, len(row_pairs.pairs)))
-        yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, combine), row_scores)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:

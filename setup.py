@@ -40,6 +40,7 @@ EXTRAS["dev"] = [
     "pytest>=8.3",
     "pytest-benchmark>=5.1",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
     "sentence-transformers>=5,<6",  # its losses read what --format writes
     "sentencepiece>=0.2",

@@ -230,6 +230,19 @@ QuantizeHow = Annotated[
         show_default=False,
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Keep scores here and look them up here: a run that is started again computes only what is missing.",
+        rich_help_panel=FILES,
+        show_default="OUTPUT.cache.sqlite",
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", metavar=NO_VALUE, help="Keep no scores and look none up.", rich_help_panel=FILES),
+]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", metavar=NO_VALUE, help="Only warnings and errors.", rich_help_panel=RUNNING),

@@ -73,6 +73,8 @@ def score(
             rich_help_panel=opt.FILES,
         ),
     ] = "fail",
+    cache: opt.Cache = None,
+    no_cache: opt.NoCache = False,
     model: opt.ModelName = DEFAULT_MODEL,
     adapter: opt.Adapter = None,
     revision: opt.Revision = None,
@@ -123,7 +125,8 @@ in the order pos + neg. At most 0; higher is better. The options under "What a s
     def run() -> None:
         skip_bad_rows = opt.skips_bad_rows(on_error)
         scorer_config, task_config = opt.make_configs(options)
-        jobs = plan_jobs(inputs, output, file_safe(model) if save_name is None else save_name)
+        name = file_safe(model) if save_name is None else save_name
+        jobs = plan_jobs(inputs, output, name, cache=cache, no_cache=no_cache)
         terminal = Terminal(quiet)
         with terminal.live():
             tally = run_files(

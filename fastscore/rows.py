@@ -266,7 +266,9 @@ def scored_path(input_path: str | Path, save_name: str) -> Path:
     return path.with_name(f"{stem}.scored.{save_name}{suffix}")
 
 
-def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
+def refuse_same_file(
+    output: str | Path, inputs: Iterable[str | Path], complaint: str = "the output would replace the input"
+) -> None:
     """Raise InputError when the output is one of the inputs, also under another name or through a link, or in one."""
     for path in inputs:
         inside = False
@@ -278,4 +280,4 @@ def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
         if inside:
             raise InputError(f"the output would lie in the input {path}", path=str(output))
         if same:
-            raise InputError(f"the output would replace the input {path}", path=str(output))
+            raise InputError(f"{complaint} {path}", path=str(output))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from itertools import chain
@@ -14,7 +14,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import fastscore
+from fastscore.cache_file import SUFFIX, CacheAt, check_cache
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.interrupts import Interrupted
 from fastscore.output_formats import OutputFormat, make_format
 from fastscore.outputs import Output
 from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
@@ -30,6 +32,7 @@ class FileJob:
 
     inputs: tuple[Path, ...]
     output: Path
+    cache: CacheAt | None = None
 
     @property
     def errors(self) -> Path:
@@ -61,6 +64,8 @@ class Tally:
     positive_best: int = 0
     """Ranked rows whose best score is a positive's."""
     stats: RunStats = field(default_factory=RunStats)
+    caches: tuple[Path, ...] = ()
+    """Files in which scores were kept."""
 
     def count(self, scored: ScoredRow) -> None:
         self.rows += 1
@@ -72,12 +77,19 @@ class Tally:
             self.positive_best += max(range(len(scores)), key=scores.__getitem__) < num_pos
 
 
-def plan_jobs(inputs: Sequence[Path], output: Path | None, save_name: str) -> list[FileJob]:
+def plan_jobs(
+    inputs: Sequence[Path], output: Path | None, save_name: str, *, cache: Path | None = None, no_cache: bool = False
+) -> list[FileJob]:
     """One job for all inputs when there is an output, otherwise one job for each.
 
+    Scores are kept in ``cache``, by default beside each output.
+
     Raises:
-        InputError: an input that is no regular file, an output that would replace an input or another output.
+        InputError: an input that is no regular file, an output that would replace an input or another output, a cache
+            that would be one of these files.
     """
+    if cache is not None and no_cache:
+        raise InputError("--cache and --no-cache exclude each other")
     for path in inputs:
         check_readable_twice(path)
     if output is not None:
@@ -91,7 +103,16 @@ def plan_jobs(inputs: Sequence[Path], output: Path | None, save_name: str) -> li
         if (name := os.path.realpath(job.output)) in written:
             raise InputError("two inputs would be written here; name another output with -o", path=str(job.output))
         written.add(name)
-    return jobs
+    if cache is not None:
+        for job in jobs:
+            refuse_same_file(cache, [*inputs, job.output, job.errors, job.meta], "the cache would be the file")
+    return jobs if no_cache else [replace(job, cache=_cache_of(job, cache)) for job in jobs]
+
+
+def _cache_of(job: FileJob, asked_for: Path | None) -> CacheAt:
+    if asked_for is not None:
+        return CacheAt(asked_for)
+    return CacheAt(job.output.with_name(job.output.name + SUFFIX), is_asked_for=False)
 
 
 def run_files(
@@ -126,6 +147,10 @@ def run_files(
     for output in outputs:
         output.settle()
 
+    for job in jobs:
+        if job.cache is not None and job.cache.is_asked_for:
+            check_cache(job.cache.path)
+
     reporter.scoring(total_pairs)
 
     scorer = fastscore.Scorer.from_config(scorer_config)
@@ -138,6 +163,7 @@ def run_files(
             "finished": _now(),
             "inputs": [str(path) for path in job.inputs],
             "output": str(job.output),
+            "cache": next(map(str, tally.caches), None),
             "options": dict(options or {}),
             "task": asdict(task_config),
             "format": output_format.describe(),
@@ -150,7 +176,7 @@ def run_files(
         }
         with RowWriter(job.meta) as out:
             out.write(meta)
-        for name in ("rows", "skipped", "ranked_rows", "positive_best"):
+        for name in ("rows", "skipped", "ranked_rows", "positive_best", "caches"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
     return total
 
@@ -207,19 +233,36 @@ def _run_job(
 ) -> Tally:
     before = replace(scorer.stats)
     tally = Tally()
-    with output.writer() as out, BadRows(job.errors) as bad:
+    cache = scorer.cache_at(job.cache)
+    with closing(cache), output.writer() as out, BadRows(job.errors) as bad, _resumable(cache):
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
         writable = _writable_rows(rows, task_config, output, bad) if skip_bad_rows else rows
-        stream = scorer.stream_rows(writable, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress)
+        stream = scorer.stream_rows(
+            writable, task_config, on_bad_row=on_bad_row, on_progress=reporter.progress, cache=cache
+        )
         with closing(stream):  # it may read in a thread of its own, which must not outlast the files
             for scored in stream:
                 output.write(scored, out)
                 tally.count(scored)
     scorer.stats.flush_padded()
     tally.skipped = bad.count
+    tally.caches = () if cache.path is None else (cache.path,)
     tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})
     return tally
+
+
+@contextmanager
+def _resumable(cache: Any) -> Iterator[None]:
+    """Says of a run that a signal ends how to go on."""
+    try:
+        yield
+    except Interrupted as stop:
+        if cache.path is not None:
+            stop.hint = f"what was scored is kept in {cache.path}: the same command goes on from there"
+        else:
+            stop.hint = "nothing of it is kept" if cache.place is None else "nothing has been scored yet"
+        raise
 
 
 def _writable_rows(rows: Iterable[Row], task_config: TaskConfig, output: Output, bad: BadRows) -> Iterator[Row]:

@@ -302,6 +302,8 @@ class RunStats:
     """Counters of a run, for progress bars and the summary. Token counts are input tokens of the model."""
 
     pairs: int = 0
+    cached: int = 0
+    """Pairs whose score came from the cache; tokens, packs and seconds are those of the others."""
     answer_tokens: int = 0
     tokens_computed: int = 0
     tokens_unpadded: int = 0

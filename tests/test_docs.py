@@ -26,6 +26,7 @@ DOCUMENTS = (
     "docs/chat.md",
     "docs/formats.md",
     "docs/lm-eval.md",
+    "docs/reliability.md",
     "docs/report.md",
     "docs/scores.md",
 )

@@ -186,7 +186,7 @@ def test_what_was_run_on_what(page: Page) -> None:
         "from start to end": "1 min 30 s",
         "tokens computed": "60,000, 1,500 tokens/s",
         "answer tokens": "800, 20 a second",
-        "pairs": "240, 6 a second",
+        "pairs computed": "240, 6 a second",
         "packs": "5, filled to 75.0%",
     }
     [table] = page.sections["cost"].tables

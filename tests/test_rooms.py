@@ -43,6 +43,7 @@ ROOMS: dict[str, Room] = {
     "config": room(1),
     "garbage": room(1),
     "read_ahead": room(1),
+    "interrupts": room(1),
     "json_stream": room(1, "types"),
     "dataset_folder": room(1, "types"),
     "table_rows": room(1, "types", frozenset({"pyarrow"})),
@@ -93,8 +94,16 @@ ROOMS: dict[str, Room] = {
         MODEL | {"peft", "accelerate"},
     ),
     "aggregate": room(3, "types config"),
-    "launch": room(3, "types language_model answer_head aggregate"),
-    "pipeline": room(3, "types windows read_ahead language_model launch", frozenset({"torch"})),
+    "identity": room(
+        3,
+        "kernels/ types config fingerprint language_model model_source packed_forward",
+        MODEL | {"huggingface_hub"},
+    ),
+    "kept_scores": room(
+        3, "types ranges fingerprint cache_blocks cache_file cache language_model", frozenset({"numpy"})
+    ),
+    "launch": room(3, "types interrupts language_model answer_head aggregate kept_scores"),
+    "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
 # What every edge may import: the scorer and level 1.
@@ -103,9 +112,9 @@ ROOMS |= {
     # Only re-exports, and those lazily.
     "__init__": room(4, "scorer types config garbage"),
     "run_files": room(4, _EDGE),
-    "terminal": room(4, "run_files types", TERMINAL),
+    "terminal": room(4, "run_files types interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
-    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
+    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models identity", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),

@@ -60,7 +60,8 @@ def read_run_facts(scored: Path) -> RunFacts:
         return RunFacts(path)
     meta = _Meta(next(read_rows(path)))
     rows = meta.number("rows")
-    tokens = {what: found for what, name in _TOKENS.items() if (found := meta.number("stats", name)) is not None}
+    # None where all scores came from the cache: nothing was computed, and nothing is to be compared.
+    tokens = {said: found for said, name in _TOKENS.items() if (found := meta.number("stats", name))}
     speed, timings = _timings(meta)
     return RunFacts(
         path,
@@ -134,13 +135,16 @@ def _timings(meta: _Meta) -> tuple[str, Facts]:
         meta.number("stats", name)
         for name in ("seconds", "tokens_computed", "answer_tokens", "pairs", "packs", "pack_tokens")
     )
+    cached = meta.number("stats", "cached")
+    pairs = None if pairs is None else pairs - (cached or 0)
     speed = f"{size(computed / seconds)} tokens/s" if computed and seconds else ""
     facts = _some(
         ("time in the model", duration(seconds) if seconds is not None else ""),
         ("from start to end", _elapsed(meta)),
         ("tokens computed", speed and f"{count(int(computed or 0))}, {speed}"),
         ("answer tokens", f"{count(int(answers))}, {size(answers / seconds)} a second" if answers and seconds else ""),
-        ("pairs", f"{count(int(pairs))}, {size(pairs / seconds)} a second" if pairs and seconds else ""),
+        ("pairs computed", f"{count(int(pairs))}, {size(pairs / seconds)} a second" if pairs and seconds else ""),
+        ("pairs from the cache", count(int(cached)) if cached else ""),
         ("packs", f"{count(int(packs))}, filled to {share(computed, room)}" if packs and computed and room else ""),
     )
     return speed, facts

@@ -434,6 +434,7 @@ def test_a_run_that_fails_has_status_1(
     assert names(tmp_path) == {"r.jsonl", "r.scored.tiny-llama.jsonl.cache.sqlite"}
 
 
+@pytest.mark.slow
 def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
     folders = {signal.SIGINT: tmp_path / "int", signal.SIGTERM: tmp_path / "term"}
     runs = {}

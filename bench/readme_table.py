@@ -132,7 +132,8 @@ def sharing(folder: Path) -> str:
     tasks = [file["workload"] for file in report["files"]]
     lines = [
         wrapped(
-            f"**What sharing brings.** `python bench/prefix_sharing.py --rounds {report['rounds']}`: "
+            f"**What sharing brings.** `python bench/prefix_sharing.py --queries {tasks[0]['queries']} --questions "
+            f"{tasks[1]['queries']} --rounds {report['rounds']}`: "
             f"{report['model']}; {machine(report['environment'])}; {' and '.join(map(amount, tasks))}. By turns; "
             f"medians of {report['rounds']} rounds as multiples of fastscore's, in brackets the lowest and highest "
             f"ratio of a round ({link(SHARING)}):"
@@ -141,6 +142,8 @@ def sharing(folder: Path) -> str:
         f"| | {' | '.join(map(file_name, tasks))} |",
         "| --- |" + " --- |" * len(tasks),
     ]
+    shared = [f"{f['sharing_factor']:.2f} (whole file {f['whole_file_sharing_factor']:.2f})" for f in report["files"]]
+    lines.append(f"| tokens over distinct prefixes | {' | '.join(shared)} |")
     for name in report["files"][0]["contenders"]:
         times = [ratio(file["contenders"][name]) for file in report["files"]]
         lines.append(f"| {MEANING.get(name, name)} | {' | '.join(times)} |")

@@ -96,7 +96,7 @@ class Reader:
 
     folder: Path
     scored: Path
-    """A scored file, with its metadata, that stands in for one that a command only names."""
+    """A scored file, with its metadata and its cache, that stands in for one that a command only names."""
     namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
 
     def run(self, block: Block) -> str:
@@ -140,6 +140,8 @@ class Reader:
             path = self.folder / argument
             if before.startswith("-") or argument.startswith("-") or "*" in argument or path.exists():
                 continue
+            if argument.endswith(".cache.sqlite"):
+                shutil.copy(f"{self.scored}.cache.sqlite", path)
             if not _INPUT.fullmatch(argument):
                 continue
             if argument.endswith("/"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -13,6 +13,7 @@ import typer
 from test_rooms import ROOMS
 
 from fastscore.cli import app
+from fastscore.config import Baseline, Normalize, Reduce, Target
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -37,6 +38,22 @@ def test_every_option_is_in_the_readme_and_no_other() -> None:
             [name, *_] = [name for name in re.findall(OPTION, cells[1]) if name in options]
             said = default[1] or ("False" if default[2] else default[3].replace(",", ""))
             assert str(options[name].default) == said, line
+
+
+def test_every_definition_of_a_score_has_its_line() -> None:
+    text = TEXT["docs/scores.md"]
+    named = re.findall(r"^\| `([^`]+)`", text.split("\n## ")[0], re.MULTILINE)
+    choices = {"target": Target, "reduce": Reduce, "baseline": Baseline}
+    expected = {f"--{name} {value}" for name, literal in choices.items() for value in get_args(literal)}
+    expected |= {f"--normalize {value} --temperature T" for value in get_args(Normalize) if value != "none"}
+    assert set(named) == (expected - {"--baseline none"}) | {"--append-eos", "--keep-raw"}
+    # The arithmetic on raw numbers gives what the page says, and the other example is code.
+    library, arithmetic = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(library, "docs/scores.md", "exec")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(arithmetic, {})  # noqa: S102 - our own document
+    assert out.getvalue().strip() == arithmetic.rpartition("# ")[2].strip()
 
 
 def test_the_models_the_readme_names_are_tested() -> None:
@@ -83,18 +100,3 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_every_guide_is_in_the_index() -> None:
     named = re.findall(r"^\| \[[\w.-]+\]\(([\w.-]+)\) \|", TEXT["docs/README.md"], re.MULTILINE)
     assert sorted([*named, "README.md"]) == [Path(name).name for name in GUIDES]
-
-
-def test_the_figures_of_fidelity_are_those_of_the_run() -> None:
-    results = json.loads((ROOT / "bench/results/fidelity-smollm2-135m-cpu.json").read_text(encoding="utf-8"))
-    for name, found in results["contenders"].items():
-        token, pair = found["nats_per_answer_token"], found["nats_per_pair"]
-        figures = (token["mean"], token["p99"], token["max"], pair["mean"], pair["max"])
-        decimals = 7 if "fp32 packed" in name else 4
-        cells = [name, *(f"{figure:.{decimals}f}" for figure in figures), f"{found['kendall_tau']['mean']:.4f}"]
-        changed = f"{found['best_candidate_changed']} of {found['queries']}"
-        assert f"| {' | '.join([*cells, changed])} |" in TEXT["docs/numerics.md"], name
-    sharing = json.loads((ROOT / "bench/results/prefix-sharing-smollm2-135m-cpu-bf16.json").read_text(encoding="utf-8"))
-    moved = sharing["files"][0]["contenders"]["fastscore, no tree"]["difference_from_fastscore"]
-    said = " ".join(TEXT["docs/numerics.md"].split())
-    assert f"by {moved['mean']:.3f} nats in the mean and {moved['max']:.3f} at most" in said

@@ -20,6 +20,7 @@ EPILOG = """[bold]Examples[/bold]
 
 
 def score(
+    context: typer.Context,
     inputs: opt.Inputs,
     output: Annotated[
         Path | None,
@@ -82,6 +83,7 @@ def score(
 in the order pos + neg. At most 0; higher is better.
     """
     options = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    del options["context"]
     options["inputs"] = [str(path) for path in inputs]
     # Not before --help has been printed.
     from fastscore.run_files import plan_jobs, run_files
@@ -94,7 +96,13 @@ in the order pos + neg. At most 0; higher is better.
         terminal = Terminal(quiet)
         with terminal.live():
             tally = run_files(
-                jobs, scorer_config, task_config, reporter=terminal, skip_bad_rows=skip_bad_rows, options=options
+                jobs,
+                scorer_config,
+                task_config,
+                reporter=terminal,
+                skip_bad_rows=skip_bad_rows,
+                options=options,
+                open_scorer=context.obj,
             )
         terminal.summary(tally, jobs)
 

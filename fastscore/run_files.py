@@ -19,6 +19,8 @@ from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
 from fastscore.tasks import output_row, validate_row
 from fastscore.types import InputError, Row, RunStats, ScoredRow
 
+OpenScorer = Callable[[ScorerConfig], Any]
+"""Makes what scores: a Scorer, or several that look like one."""
 _REPORT_EVERY_ROWS = 1000
 
 
@@ -100,6 +102,7 @@ def run_files(
     skip_bad_rows: bool = False,
     options: Mapping[str, Any] | None = None,
     on_row: Callable[[Row], None] | None = None,
+    open_scorer: OpenScorer | None = None,
 ) -> Tally:
     """Run the jobs one after another with one model.
 
@@ -119,7 +122,7 @@ def run_files(
 
     reporter.scoring(total_pairs)
 
-    scorer = fastscore.Scorer.from_config(scorer_config)
+    scorer = (open_scorer or fastscore.Scorer.from_config)(scorer_config)
     total = Tally(stats=scorer.stats)
     for job in jobs:
         tally = _run_job(job, scorer, task_config, reporter, skip_bad_rows)

@@ -53,6 +53,8 @@ ROOMS: dict[str, Room] = {
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
     "windows": room(1, "types config tasks tokenization"),
+    "blocks": room(1, "types config tasks"),
+    "block_scores": room(1, "types config blocks"),
     "fingerprint": room(1, "types"),
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "cache_file": room(1, "types"),
@@ -92,12 +94,15 @@ ROOMS |= {
     # Only re-exports, and those lazily.
     "__init__": room(4, "scorer types garbage"),
     "run_files": room(4, _EDGE),
+    "rank_messages": room(4, "", frozenset({"torch"})),
+    "distributed": room(4, f"{_EDGE} rank_messages", frozenset({"torch"})),
+    "launched": room(4, "distributed"),
     "terminal": room(4, "run_files types", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
-    "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
+    "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/ launched"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
 for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
@@ -111,7 +116,7 @@ ROOMS["__main__"] = room(4, "cli")
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
 COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
-LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
+LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config", "launched")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 

@@ -1,0 +1,350 @@
+"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of rows and writes; every rank scores."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fastscore
+from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, score_block, scored_rows
+from fastscore.blocks import cut_blocks
+from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.rank_messages import HEARTBEAT_SECONDS, Channel, Lost, local_rank, meet
+from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.windows import OnBadRow
+
+FAILED, INTERRUPTED = 1, 130
+BLOCKS_AHEAD = 4
+"""Blocks for each rank that may be unwritten, because one before them is not finished."""
+_LOOK_SECONDS = 0.5
+_GOODBYE_SECONDS = 3.0
+"""A rank that is in the middle of a block does not listen; when rank 0 is gone it ends too."""
+
+
+def run_ranks(program: Callable[[Lead], None]) -> int:
+    """Rank 0 runs the program and the others work for it; all have its exit status. Only rank 0 says anything.
+
+    ``program`` ends as programs do, with or without SystemExit.
+    """
+    rank = meet()
+    if rank:
+        return _follow(rank)
+    lead = Lead(dist.get_world_size())
+    status = FAILED
+    try:
+        program(lead)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    finally:
+        everyone_knows = lead.end(status)
+    return _leave(status, everyone_knows)
+
+
+def open_on_device(config: ScorerConfig) -> Any:
+    """A scorer on this rank's own GPU, where there are GPUs.
+
+    Raises:
+        InputError: there is no GPU for this rank, or the model was to be spread over all of them.
+    """
+    if config.device_map is not None:
+        raise InputError(
+            "with several processes each has one device; --device-map spreads one process over all of them"
+        )
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        if (place := local_rank()) >= torch.cuda.device_count():
+            raise InputError(f"{place + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(place)
+        config = replace(config, device=f"cuda:{place}")
+    return fastscore.Scorer.from_config(config)
+
+
+class Lead:
+    """Rank 0's side of the others: deals blocks of the job there is, and misses whoever is gone."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.running: dict[str, RunStats] = {}
+        self.changed = threading.Condition()
+        self._job: Job | None = None
+        self._dealt: Dealt | None = None
+        self._status: int | None = None
+        self._failure: Exception | None = None
+        self._threads = [
+            threading.Thread(target=self._serve, args=(Channel(rank),), name=f"fastscore-rank-{rank}", daemon=True)
+            for rank in range(1, world_size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def open_scorer(self, config: ScorerConfig) -> ManyRanks:
+        """All ranks as one scorer."""
+        return ManyRanks(self, open_on_device(config))
+
+    @contextmanager
+    def dealing(self, job: Job, dealt: Dealt) -> Iterator[None]:
+        """The other ranks get blocks of this job in the block."""
+        with self.changed:
+            self._job, self._dealt = job, dealt
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._job = self._dealt = None
+                self.running.clear()
+
+    def check(self, patience: float = 0.0) -> None:
+        """Raise what went wrong with another rank; wait so long for it to be found out."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._failure is not None, patience)
+            if self._failure is not None:
+                raise self._failure
+
+    def end(self, status: int) -> bool:
+        """Tell all ranks how the run ended; whether all of them know."""
+        with self.changed:
+            self._status = status
+            self.changed.notify_all()
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads) and self._failure is None
+
+    def _serve(self, channel: Channel) -> None:
+        """What rank 0 does for one other rank, in a thread of its own."""
+        finished = -1
+        try:
+            while True:
+                match channel.receive():
+                    case ("progress", index, stats):
+                        if index > finished:
+                            self.running[str(channel.peer)] = stats
+                    case ("scores", result):
+                        finished = result.index
+                        self._take(replace(result, worker=str(channel.peer)))
+                    case ("wanted",):
+                        while (order := self._next_order()) is None:
+                            channel.send("wait")
+                        channel.send(*order)
+                        if order[0] == "end":
+                            return
+                    case _:  # it says that it is there
+                        pass
+        except Lost as error:
+            lost = RuntimeError(
+                f"rank {channel.peer} is gone before the run has ended: it was killed, or its machine is"
+            )
+            self._fail(lost, error)
+
+    def _take(self, result: BlockScores) -> None:
+        with self.changed:
+            self.running.pop(result.worker, None)
+            if self._dealt is not None:
+                self._dealt.finish(result)
+            self.changed.notify_all()
+
+    def _next_order(self) -> tuple[Any, ...] | None:
+        def has_order() -> bool:
+            may_claim = self._dealt is not None and self._dealt.may_claim and self._failure is None
+            return self._status is not None or may_claim
+
+        with self.changed:
+            if not self.changed.wait_for(has_order, HEARTBEAT_SECONDS):
+                return None
+            if self._status is not None:
+                return "end", self._status
+            assert self._dealt is not None, "there is a job"
+            try:
+                block = self._dealt.claim()
+            except Exception as error:  # noqa: BLE001 - the thread that writes raises it
+                self._fail(error)
+                return None
+            return None if block is None else ("block", self._job, block)
+
+    def _fail(self, error: Exception, cause: Exception | None = None) -> None:
+        error.__cause__ = cause
+        with self.changed:
+            self._failure = self._failure or error
+            self.changed.notify_all()
+
+
+class ManyRanks:
+    """What :func:`fastscore.run_files.run_files` asks of a scorer, done by all ranks."""
+
+    def __init__(self, lead: Lead, own: Any) -> None:
+        self._lead = lead
+        self._own = own
+        self._total = TotalStats()
+        self.stats = self._total.stats
+
+    def describe(self) -> dict[str, Any]:
+        """Of rank 0, and how many there are."""
+        return {**self._own.describe(), "engine": "torchrun", "workers": self._lead.world_size}
+
+    def stream_rows(
+        self,
+        rows: Iterable[Row],
+        task_config: TaskConfig,
+        *,
+        on_bad_row: OnBadRow | None = None,
+        on_progress: Callable[[RunStats], None] | None = None,
+    ) -> Generator[ScoredRow, None, None]:
+        """As :meth:`fastscore.Scorer.stream_rows`, with bad rows handed on in the order of the rows.
+
+        ``rows`` are read in several threads, one at a time.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        lead, config = self._lead, self._own.config
+        job = Job(config, task_config, on_bad_row is not None)
+        blocks = cut_blocks(rows, task_config, lead.world_size, config.window_tokens)
+        dealt = Dealt(blocks, BLOCKS_AHEAD * lead.world_size)
+
+        def tell(stats: RunStats | None = None) -> None:
+            if on_progress is not None:
+                own = {} if stats is None else {"0": stats}
+                on_progress(self._total.with_running({**lead.running, **own}))
+
+        def progress(stats: RunStats) -> None:
+            lead.check()
+            tell(stats)
+
+        try:
+            mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
+            with lead.dealing(job, dealt):
+                while True:
+                    if mine is not None:
+                        result = score_block(lambda _: self._own, job, mine, progress)
+                        with lead.changed:
+                            dealt.finish(replace(result, worker="0"))
+                    lead.check()
+                    yield from self._finished(dealt, on_bad_row)
+                    tell()
+                    with lead.changed:
+                        if dealt.is_done:
+                            return
+                        mine = dealt.claim()
+                        if mine is None and not dealt.is_done:
+                            lead.changed.wait(_LOOK_SECONDS)
+        except (KeyboardInterrupt, SystemExit):
+            lead.check(patience=1.0)  # torchrun ends all ranks when it misses one: that is what has to be told
+            raise
+
+    def _finished(self, dealt: Dealt, on_bad_row: OnBadRow | None) -> Iterator[ScoredRow]:
+        while True:
+            with self._lead.changed:
+                found = dealt.next_finished()
+                self._lead.changed.notify_all()
+            if found is None:
+                return
+            self._total.add(found[1])
+            yield from scored_rows(*found, on_bad_row)
+
+
+def _follow(rank: int) -> int:
+    """Work for rank 0 until it says how the run ended; say nothing, but of rank 0 itself."""
+    logger = logging.getLogger("fastscore")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+    follower = Follower()
+    follower.start()
+    try:
+        return _leave(follower.work(), everyone_knows=True)
+    except Lost:
+        print(f"fastscore: failed: rank {rank}: rank 0 is gone before the run has ended", file=sys.stderr)
+        return _leave(FAILED, everyone_knows=False)
+    except KeyboardInterrupt:
+        return _leave(INTERRUPTED, everyone_knows=False)
+
+
+class Follower:
+    """A rank that scores what it is given."""
+
+    def __init__(self) -> None:
+        self._channel = Channel(0)
+        self._scorers: dict[ScorerConfig, Any] = {}
+        self._progress: tuple[int, RunStats] | None = None
+
+    def start(self) -> None:
+        """Tell rank 0 from now on how far the block is, or only that somebody is there, in a thread: the one that
+        scores must not wait for it."""
+        threading.Thread(target=self._report, name="fastscore-report", daemon=True).start()
+
+    def work(self) -> int:
+        """Score blocks until the run has ended; its status.
+
+        Raises:
+            Lost: rank 0 is gone.
+        """
+        while True:
+            self._channel.send("wanted")
+            while (order := self._channel.receive())[0] == "wait":
+                pass
+            if order[0] == "end":
+                return int(order[1])
+            job, block = order[1:]
+            result = score_block(self._open, job, block, lambda stats, index=block.index: self._see(index, stats))
+            self._progress = None
+            self._channel.send("scores", _sendable(result))
+
+    def _open(self, config: ScorerConfig) -> Any:
+        if config not in self._scorers:
+            self._scorers[config] = open_on_device(config)
+        return self._scorers[config]
+
+    def _see(self, index: int, stats: RunStats) -> None:
+        self._progress = index, stats
+
+    def _report(self) -> None:
+        told, silent = None, 0.0
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            silent += _LOOK_SECONDS
+            progress = self._progress
+            try:
+                if progress is not None and progress is not told:
+                    self._channel.send("progress", *progress)
+                elif silent >= HEARTBEAT_SECONDS:
+                    self._channel.send("alive")
+                else:
+                    continue
+            except Lost:  # the thread that works meets it too
+                return
+            told, silent = progress, 0.0
+
+
+def _sendable(result: BlockScores) -> BlockScores:
+    """Errors of other packages may be of any kind, and hold anything: they travel as text."""
+    error = result.error
+    if error is None or type(error) is InputError:
+        return result
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return replace(result, error=RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {first_line}"))
+
+
+def _leave(status: int, everyone_knows: bool) -> int:
+    """Close what belongs to all ranks. Where some are gone it is left as it is: closing would wait for them."""
+    if everyone_knows:
+        dist.destroy_process_group()
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

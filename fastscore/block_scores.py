@@ -28,10 +28,12 @@ class BlockScores:
     scored, bad: by position in the block.
     error: why the block could not be scored to its end.
     worker: names the scorer.
+    tries: how often the block was begun.
     """
 
     index: int
     worker: str
+    tries: int = 1
     scored: list[tuple[int, ScoredRow]] = field(default_factory=list)
     bad: list[tuple[int, InputError]] = field(default_factory=list)
     stats: RunStats = field(default_factory=RunStats)
@@ -70,6 +72,16 @@ def _score(scorer: Any, job: Job, block: Block, on_progress: Any, result: BlockS
     result.description = scorer.describe()
 
 
+def sendable(result: BlockScores) -> BlockScores:
+    """Errors of other packages may be of any kind and hold anything: they travel as text."""
+    error = result.error
+    if error is None or type(error) is InputError:
+        return result
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    text = first_line if type(error) is RuntimeError else f"{type(error).__name__}: {first_line}"
+    return replace(result, error=RuntimeError(text))
+
+
 def minus(stats: RunStats, before: RunStats) -> RunStats:
     """What was counted since."""
     return RunStats(**{name: getattr(stats, name) - getattr(before, name) for name in counters()})
@@ -98,6 +110,11 @@ class Dealt:
         self._results: dict[int, BlockScores] = {}
         self._turn = 0
         self._exhausted = False
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all blocks have been dealt."""
+        return self._exhausted
 
     @property
     def is_done(self) -> bool:
@@ -149,20 +166,37 @@ def scored_rows(block: Block, result: BlockScores, on_bad_row: Any) -> Iterator[
 
 
 class TotalStats:
-    """Counters of all workers together; ``seconds`` are those of the busiest, since they work side by side."""
+    """Counters of all workers together; ``seconds`` are those of the busiest, since they work side by side.
+
+    pairs: how many each worker has scored.
+    repeated: how often a block was begun again.
+    """
 
     def __init__(self) -> None:
         self.stats = RunStats()
+        self.pairs: dict[str, int] = {}
+        self.repeated = 0
         self._seconds: dict[str, float] = {}
 
     def add(self, result: BlockScores) -> None:
         """Count what a worker has done."""
         seconds = self._seconds[result.worker] = self._seconds.get(result.worker, 0.0) + result.stats.seconds
+        self.pairs[result.worker] = self.pairs.get(result.worker, 0) + result.stats.pairs
+        self.repeated += result.tries - 1
         busiest = max(self.stats.seconds, seconds)
         total = plus(self.stats, result.stats)
         for name in counters():
             setattr(self.stats, name, getattr(total, name))
         self.stats.seconds = busiest
+
+    def describe(self, engine: str, workers: int) -> dict[str, Any]:
+        """For a run's metadata: what carried the blocks, and who scored how much."""
+        return {
+            "engine": engine,
+            "workers": workers,
+            "pairs_by_worker": dict(self.pairs),
+            "repeated_blocks": self.repeated,
+        }
 
     def with_running(self, running: Mapping[str, RunStats]) -> RunStats:
         """The same with what each worker has done of a block that is not finished, for a progress bar."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastscore import cli_engine
 from fastscore import cli_options as opt
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS
 
@@ -75,6 +76,9 @@ def score(
     forward: opt.ForwardHow = "auto",
     residual: opt.ResidualType = "auto",
     compiled: opt.Compiled = False,
+    engine: cli_engine.Engine = "local",
+    num_workers: cli_engine.NumWorkers = None,
+    gpus_per_worker: cli_engine.GpusPerWorker = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Score every candidate of every row: how likely does it make the answer?
@@ -94,7 +98,8 @@ in the order pos + neg. At most 0; higher is better.
         scorer_config, task_config = opt.make_configs(options)
         jobs = plan_jobs(inputs, output, file_safe(model) if save_name is None else save_name)
         terminal = Terminal(quiet)
-        with terminal.live():
+        where = cli_engine.chosen_engine(engine, num_workers, gpus_per_worker, context.obj)
+        with terminal.live(), where as open_scorer:
             tally = run_files(
                 jobs,
                 scorer_config,
@@ -102,7 +107,7 @@ in the order pos + neg. At most 0; higher is better.
                 reporter=terminal,
                 skip_bad_rows=skip_bad_rows,
                 options=options,
-                open_scorer=context.obj,
+                open_scorer=open_scorer,
             )
         terminal.summary(tally, jobs)
 

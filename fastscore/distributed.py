@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,23 +9,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-import fastscore
 from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, score_block, scored_rows
 from fastscore.blocks import cut_blocks
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.rank_messages import HEARTBEAT_SECONDS, Channel, Lost, local_rank, meet
-from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.rank_follower import FAILED, follow, open_on_device
+from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
+from fastscore.types import Row, RunStats, ScoredRow
 from fastscore.windows import OnBadRow
 
-FAILED, INTERRUPTED = 1, 130
 BLOCKS_AHEAD = 4
 """Blocks for each rank that may be unwritten, because one before them is not finished."""
 _LOOK_SECONDS = 0.5
-_GOODBYE_SECONDS = 3.0
-"""A rank that is in the middle of a block does not listen; when rank 0 is gone it ends too."""
 
 
 def run_ranks(program: Callable[[Lead], None]) -> int:
@@ -38,7 +31,7 @@ def run_ranks(program: Callable[[Lead], None]) -> int:
     """
     rank = meet()
     if rank:
-        return _follow(rank)
+        return follow(rank)
     lead = Lead(dist.get_world_size())
     status = FAILED
     try:
@@ -48,25 +41,7 @@ def run_ranks(program: Callable[[Lead], None]) -> int:
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     finally:
         everyone_knows = lead.end(status)
-    return _leave(status, everyone_knows)
-
-
-def open_on_device(config: ScorerConfig) -> Any:
-    """A scorer on this rank's own GPU, where there are GPUs.
-
-    Raises:
-        InputError: there is no GPU for this rank, or the model was to be spread over all of them.
-    """
-    if config.device_map is not None:
-        raise InputError(
-            "with several processes each has one device; --device-map spreads one process over all of them"
-        )
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        if (place := local_rank()) >= torch.cuda.device_count():
-            raise InputError(f"{place + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(place)
-        config = replace(config, device=f"cuda:{place}")
-    return fastscore.Scorer.from_config(config)
+    return leave(status, everyone_knows)
 
 
 class Lead:
@@ -116,7 +91,7 @@ class Lead:
         with self.changed:
             self._status = status
             self.changed.notify_all()
-        deadline = time.monotonic() + _GOODBYE_SECONDS
+        deadline = time.monotonic() + GOODBYE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads) and self._failure is None
@@ -132,7 +107,7 @@ class Lead:
                             self.running[str(channel.peer)] = stats
                     case ("scores", result):
                         finished = result.index
-                        self._take(replace(result, worker=str(channel.peer)))
+                        self._take(result)
                     case ("wanted",):
                         while (order := self._next_order()) is None:
                             channel.send("wait")
@@ -190,7 +165,7 @@ class ManyRanks:
 
     def describe(self) -> dict[str, Any]:
         """Of rank 0, and how many there are."""
-        return {**self._own.describe(), "engine": "torchrun", "workers": self._lead.world_size}
+        return {**self._own.describe(), **self._total.describe("torchrun", self._lead.world_size)}
 
     def stream_rows(
         self,
@@ -251,100 +226,3 @@ class ManyRanks:
                 return
             self._total.add(found[1])
             yield from scored_rows(*found, on_bad_row)
-
-
-def _follow(rank: int) -> int:
-    """Work for rank 0 until it says how the run ended; say nothing, but of rank 0 itself."""
-    logger = logging.getLogger("fastscore")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
-    for name, value in {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }.items():
-        os.environ.setdefault(name, value)
-    follower = Follower()
-    follower.start()
-    try:
-        return _leave(follower.work(), everyone_knows=True)
-    except Lost:
-        print(f"fastscore: failed: rank {rank}: rank 0 is gone before the run has ended", file=sys.stderr)
-        return _leave(FAILED, everyone_knows=False)
-    except KeyboardInterrupt:
-        return _leave(INTERRUPTED, everyone_knows=False)
-
-
-class Follower:
-    """A rank that scores what it is given."""
-
-    def __init__(self) -> None:
-        self._channel = Channel(0)
-        self._scorers: dict[ScorerConfig, Any] = {}
-        self._progress: tuple[int, RunStats] | None = None
-
-    def start(self) -> None:
-        """Tell rank 0 from now on how far the block is, or only that somebody is there, in a thread: the one that
-        scores must not wait for it."""
-        threading.Thread(target=self._report, name="fastscore-report", daemon=True).start()
-
-    def work(self) -> int:
-        """Score blocks until the run has ended; its status.
-
-        Raises:
-            Lost: rank 0 is gone.
-        """
-        while True:
-            self._channel.send("wanted")
-            while (order := self._channel.receive())[0] == "wait":
-                pass
-            if order[0] == "end":
-                return int(order[1])
-            job, block = order[1:]
-            result = score_block(self._open, job, block, lambda stats, index=block.index: self._see(index, stats))
-            self._progress = None
-            self._channel.send("scores", _sendable(result))
-
-    def _open(self, config: ScorerConfig) -> Any:
-        if config not in self._scorers:
-            self._scorers[config] = open_on_device(config)
-        return self._scorers[config]
-
-    def _see(self, index: int, stats: RunStats) -> None:
-        self._progress = index, stats
-
-    def _report(self) -> None:
-        told, silent = None, 0.0
-        while True:
-            time.sleep(_LOOK_SECONDS)
-            silent += _LOOK_SECONDS
-            progress = self._progress
-            try:
-                if progress is not None and progress is not told:
-                    self._channel.send("progress", *progress)
-                elif silent >= HEARTBEAT_SECONDS:
-                    self._channel.send("alive")
-                else:
-                    continue
-            except Lost:  # the thread that works meets it too
-                return
-            told, silent = progress, 0.0
-
-
-def _sendable(result: BlockScores) -> BlockScores:
-    """Errors of other packages may be of any kind, and hold anything: they travel as text."""
-    error = result.error
-    if error is None or type(error) is InputError:
-        return result
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return replace(result, error=RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {first_line}"))
-
-
-def _leave(status: int, everyone_knows: bool) -> int:
-    """Close what belongs to all ranks. Where some are gone it is left as it is: closing would wait for them."""
-    if everyone_knows:
-        dist.destroy_process_group()
-        return status
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,8 @@ HEARTBEAT_SECONDS = 30.0
 """How often either side says that it is still there while it has nothing else to say."""
 SILENCE = timedelta(minutes=10)
 """After so long without a word the other side is given up. One that has ended is missed at once."""
+GOODBYE_SECONDS = 3.0
+"""How long the end waits for others. One that is in the middle of a block does not listen, and misses rank 0 later."""
 MEETING = timedelta(minutes=10)
 """How long ranks wait for each other at the start."""
 
@@ -75,3 +78,13 @@ class Channel:
         except RuntimeError as error:
             raise Lost(str(error)) from error
         return pickle.loads(data_B.numpy())
+
+
+def leave(status: int, in_order: bool) -> int:
+    """End this rank with that status. Where others are gone the process ends here: closing would wait for them."""
+    if in_order:
+        dist.destroy_process_group()
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -95,17 +95,18 @@ ROOMS |= {
     "__init__": room(4, "scorer types garbage"),
     "run_files": room(4, _EDGE),
     "rank_messages": room(4, "", frozenset({"torch"})),
-    "distributed": room(4, f"{_EDGE} rank_messages", frozenset({"torch"})),
+    "rank_follower": room(4, f"{_EDGE} rank_messages", frozenset({"torch"})),
+    "distributed": room(4, f"{_EDGE} rank_messages rank_follower", frozenset({"torch"})),
     "launched": room(4, "distributed"),
     "terminal": room(4, "run_files types", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
-    "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
+    "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "pyarrow", "ray", "tqdm"}),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/ launched"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
+for _name in ("cli_options", "cli_engine", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
 ROOMS["cli_cache"] = room(4, " ".join(ROOMS), TERMINAL)
@@ -115,7 +116,7 @@ ROOMS["__main__"] = room(4, "cli")
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
+COMMANDS = ("cli", "cli_options", "cli_engine", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
 LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config", "launched")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 

@@ -1,0 +1,128 @@
+"""A process that torchrun started beside rank 0: it scores the blocks it is given, and says nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fastscore
+from fastscore.block_scores import score_block, sendable
+from fastscore.config import ScorerConfig
+from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, local_rank
+from fastscore.types import InputError, RunStats
+
+FAILED, INTERRUPTED = 1, 130
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+_REPORT_SECONDS = 0.5
+
+
+def follow(rank: int) -> int:
+    """Work for rank 0 until it says how the run ended; that is this process's status too.
+
+    What it says, if anything: that rank 0 is gone.
+    """
+    logger = logging.getLogger("fastscore")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    follower = Follower()
+    follower.start()
+    in_order = False
+    try:
+        status = follower.work()
+        in_order = True
+    except Lost:
+        print(f"fastscore: failed: rank {rank}: rank 0 is gone before the run has ended", file=sys.stderr)
+        status = FAILED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    return leave(status, follower.stop() and in_order)
+
+
+def open_on_device(config: ScorerConfig) -> Any:
+    """A scorer on this rank's own GPU, where there are GPUs.
+
+    Raises:
+        InputError: there is no GPU for this rank, or the model was to be spread over all of them.
+    """
+    if config.device_map is not None:
+        raise InputError(
+            "with several processes each has one device; --device-map spreads one process over all of them"
+        )
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        if (place := local_rank()) >= torch.cuda.device_count():
+            raise InputError(f"{place + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(place)
+        config = replace(config, device=f"cuda:{place}")
+    return fastscore.Scorer.from_config(config)
+
+
+class Follower:
+    """A rank that scores what it is given."""
+
+    def __init__(self) -> None:
+        self._channel = Channel(0)
+        self._scorers: dict[ScorerConfig, Any] = {}
+        self._progress: tuple[int, RunStats] | None = None
+        self._ended = threading.Event()
+        # In a thread: the one that scores must not wait for it.
+        self._reporter = threading.Thread(target=self._report, name="fastscore-report", daemon=True)
+
+    def start(self) -> None:
+        """Tell rank 0 from now on how far the block is, or only that somebody is there."""
+        self._reporter.start()
+
+    def stop(self) -> bool:
+        """Tell nothing more; whether that succeeded."""
+        self._ended.set()
+        self._reporter.join(GOODBYE_SECONDS)
+        return not self._reporter.is_alive()
+
+    def work(self) -> int:
+        """Score blocks until the run has ended; its status.
+
+        Raises:
+            Lost: rank 0 is gone.
+        """
+        while True:
+            self._channel.send("wanted")
+            while (order := self._channel.receive())[0] == "wait":
+                pass
+            if order[0] == "end":
+                return int(order[1])
+            job, block = order[1:]
+            result = score_block(self._open, job, block, lambda stats, index=block.index: self._see(index, stats))
+            self._progress = None
+            self._channel.send("scores", sendable(replace(result, worker=str(dist.get_rank()))))
+
+    def _open(self, config: ScorerConfig) -> Any:
+        if config not in self._scorers:
+            self._scorers[config] = open_on_device(config)
+        return self._scorers[config]
+
+    def _see(self, index: int, stats: RunStats) -> None:
+        self._progress = index, stats
+
+    def _report(self) -> None:
+        told, silent = None, 0.0
+        while not self._ended.wait(_REPORT_SECONDS):
+            silent += _REPORT_SECONDS
+            progress = self._progress
+            try:
+                if progress is not None and progress is not told:
+                    self._channel.send("progress", *progress)
+                elif silent >= HEARTBEAT_SECONDS:
+                    self._channel.send("alive")
+                else:
+                    continue
+            except Lost:  # the thread that works meets it too
+                return
+            told, silent = progress, 0.0

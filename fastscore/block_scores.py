@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastscore.blocks import Block
+from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.types import InputError, Row, RunStats, ScoredRow
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a scorer needs to know beside the rows. ``cache`` is handed to its ``cache_at``."""
+    """What a scorer needs to know beside the rows."""
 
     scorer_config: ScorerConfig
     task_config: TaskConfig
     skip_bad_rows: bool
-    cache: Any = None
+    cache: CacheAt | None = None
 
 
 @dataclass(slots=True)
@@ -29,11 +30,13 @@ class BlockScores:
     error: why the block could not be scored to its end.
     worker: names the scorer.
     tries: how often the block was begun.
+    cache_trouble: why a worker goes without a cache.
     """
 
     index: int
     worker: str
     tries: int = 1
+    cache_trouble: str | None = None
     scored: list[tuple[int, ScoredRow]] = field(default_factory=list)
     bad: list[tuple[int, InputError]] = field(default_factory=list)
     stats: RunStats = field(default_factory=RunStats)
@@ -41,18 +44,17 @@ class BlockScores:
     description: dict[str, Any] = field(default_factory=dict)
 
 
-def score_block(open_scorer: Callable[[ScorerConfig], Any], job: Job, block: Block, on_progress: Any) -> BlockScores:
-    """A block through a scorer; what goes wrong is part of what comes of it."""
+def score_block(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any) -> BlockScores:
+    """A block through a scorer and its cache; what goes wrong is part of what comes of it."""
     result = BlockScores(block.index, "")
     try:
-        scorer = open_scorer(job.scorer_config)
-        _score(scorer, job, block, on_progress, result)
+        _score(scorer, cache, job, block, on_progress, result)
     except Exception as error:  # noqa: BLE001 - raised where the results are put together, in the order of the rows
         result.error = error
     return result
 
 
-def _score(scorer: Any, job: Job, block: Block, on_progress: Any, result: BlockScores) -> None:
+def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, result: BlockScores) -> None:
     position = {id(row): place for place, row in enumerate(block.rows)}
     before = replace(scorer.stats)
 
@@ -63,7 +65,11 @@ def _score(scorer: Any, job: Job, block: Block, on_progress: Any, result: BlockS
         on_progress(minus(stats, before))
 
     for scored in scorer.stream_rows(
-        block.rows, job.task_config, on_bad_row=on_bad_row if job.skip_bad_rows else None, on_progress=count
+        block.rows,
+        job.task_config,
+        on_bad_row=on_bad_row if job.skip_bad_rows else None,
+        on_progress=count,
+        cache=cache,
     ):
         place = position[id(scored.row)]
         result.scored.append((place, replace(scored, row=replace(scored.row, data={}))))
@@ -151,14 +157,18 @@ class Dealt:
         return self._open.pop(result.index), result
 
 
-def scored_rows(block: Block, result: BlockScores, on_bad_row: Any) -> Iterator[ScoredRow]:
-    """The scored rows of a block, bad ones handed on.
+def hand_on_bad(block: Block, result: BlockScores, on_bad_row: Any) -> None:
+    """Tell of the bad rows of a block."""
+    for place, error in result.bad:
+        on_bad_row(block.rows[place], error)
+
+
+def scored_rows(block: Block, result: BlockScores) -> Iterator[ScoredRow]:
+    """The scored rows of a block.
 
     Raises:
         Exception: what ended the block; rows before it come first.
     """
-    for place, error in result.bad:
-        on_bad_row(block.rows[place], error)
     for place, scored in result.scored:
         yield replace(scored, row=block.rows[place])
     if result.error is not None:

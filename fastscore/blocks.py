@@ -5,11 +5,11 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastscore.config import TaskConfig
-from fastscore.tasks import expand_row
+from fastscore.tasks import expand_row, make_task
 from fastscore.types import InputError, Row
 
 CHARS_PER_TOKEN = 4
@@ -96,11 +96,15 @@ def _rows_of_block(rows: Sequence[Row], sizes: Iterable[int], wanted: int, confi
 
 
 def _prompts(row: Row, config: TaskConfig) -> list[Any]:
-    """The row's prompts in their order of sorting; of a bad row none."""
+    """The row's prompts in their order of sorting, without a chat template, which adds the same to all. Of a bad row
+    none; nor of preferences, which only a tokenizer expands."""
     try:
-        return sorted({pair.prompt for pair in expand_row(row, config, lambda keys: keys).pairs})  # type: ignore[type-var]
+        if make_task(config, row).name == "preference":
+            return []
+        pairs = expand_row(row, replace(config, chat_template=False), lambda keys: keys).pairs
     except InputError:
         return []
+    return sorted({pair.prompt for pair in pairs})  # type: ignore[type-var]
 
 
 def shared_size(before: Sequence[Any], after: Sequence[Any]) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, score_block, scored_rows
+from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows
 from fastscore.blocks import cut_blocks
+from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.rank_follower import FAILED, follow, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
@@ -22,6 +23,7 @@ from fastscore.windows import OnBadRow
 BLOCKS_AHEAD = 4
 """Blocks for each rank that may be unwritten, because one before them is not finished."""
 _LOOK_SECONDS = 0.5
+_SIGNAL_SECONDS = 1.0
 
 
 def run_ranks(program: Callable[[Lead], None]) -> int:
@@ -55,6 +57,7 @@ class Lead:
         self._dealt: Dealt | None = None
         self._status: int | None = None
         self._failure: Exception | None = None
+        self._interrupted = False
         self._threads = [
             threading.Thread(target=self._serve, args=(Channel(rank),), name=f"fastscore-rank-{rank}", daemon=True)
             for rank in range(1, world_size)
@@ -79,11 +82,17 @@ class Lead:
                 self._job = self._dealt = None
                 self.running.clear()
 
-    def check(self, patience: float = 0.0) -> None:
-        """Raise what went wrong with another rank; wait so long for it to be found out."""
+    def check(self) -> None:
+        """Raise what went wrong with another rank."""
+        if self._failure is not None:
+            raise self._failure
+
+    def check_lost(self) -> None:
+        """The same when this rank is ended by a signal: torchrun sends it when it misses another, and then that one is
+        what has to be told. Others that a signal ends are not lost."""
         with self.changed:
-            self.changed.wait_for(lambda: self._failure is not None, patience)
-            if self._failure is not None:
+            self.changed.wait_for(lambda: self._failure is not None, _SIGNAL_SECONDS)
+            if self._failure is not None and not self._interrupted:
                 raise self._failure
 
     def end(self, status: int) -> bool:
@@ -114,6 +123,8 @@ class Lead:
                         channel.send(*order)
                         if order[0] == "end":
                             return
+                    case ("interrupted",):
+                        self._interrupted = True
                     case _:  # it says that it is there
                         pass
         except Lost as error:
@@ -163,6 +174,10 @@ class ManyRanks:
         self._total = TotalStats()
         self.stats = self._total.stats
 
+    def cache_at(self, place: CacheAt | None) -> Any:
+        """A cache of rank 0; the others open the same file."""
+        return self._own.cache_at(place)
+
     def describe(self) -> dict[str, Any]:
         """Of rank 0, and how many there are."""
         return {**self._own.describe(), **self._total.describe("torchrun", self._lead.world_size)}
@@ -174,6 +189,7 @@ class ManyRanks:
         *,
         on_bad_row: OnBadRow | None = None,
         on_progress: Callable[[RunStats], None] | None = None,
+        cache: Any = None,
     ) -> Generator[ScoredRow, None, None]:
         """As :meth:`fastscore.Scorer.stream_rows`, with bad rows handed on in the order of the rows.
 
@@ -183,7 +199,7 @@ class ManyRanks:
             RuntimeError: a rank is gone.
         """
         lead, config = self._lead, self._own.config
-        job = Job(config, task_config, on_bad_row is not None)
+        job = Job(config, task_config, on_bad_row is not None, None if cache is None else cache.place)
         blocks = cut_blocks(rows, task_config, lead.world_size, config.window_tokens)
         dealt = Dealt(blocks, BLOCKS_AHEAD * lead.world_size)
 
@@ -201,7 +217,7 @@ class ManyRanks:
             with lead.dealing(job, dealt):
                 while True:
                     if mine is not None:
-                        result = score_block(lambda _: self._own, job, mine, progress)
+                        result = score_block(self._own, cache, job, mine, progress)
                         with lead.changed:
                             dealt.finish(replace(result, worker="0"))
                     lead.check()
@@ -214,7 +230,7 @@ class ManyRanks:
                         if mine is None and not dealt.is_done:
                             lead.changed.wait(_LOOK_SECONDS)
         except (KeyboardInterrupt, SystemExit):
-            lead.check(patience=1.0)  # torchrun ends all ranks when it misses one: that is what has to be told
+            lead.check_lost()
             raise
 
     def _finished(self, dealt: Dealt, on_bad_row: OnBadRow | None) -> Iterator[ScoredRow]:
@@ -225,4 +241,6 @@ class ManyRanks:
             if found is None:
                 return
             self._total.add(found[1])
-            yield from scored_rows(*found, on_bad_row)
+            with self._lead.changed:  # another thread may be reading rows, and finding bad ones
+                hand_on_bad(*found, on_bad_row)
+            yield from scored_rows(*found)

@@ -6,19 +6,24 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import fastscore
-from fastscore.block_scores import score_block, sendable
+from fastscore.block_scores import BlockScores, Job, score_block, sendable
+from fastscore.blocks import Block
+from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig
+from fastscore.interrupts import Interrupted, ended_by_signals
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, local_rank
 from fastscore.types import InputError, RunStats
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, SIGNALLED = 1, 128
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _REPORT_SECONDS = 0.5
 
@@ -37,13 +42,17 @@ def follow(rank: int) -> int:
     follower.start()
     in_order = False
     try:
-        status = follower.work()
+        with ended_by_signals():
+            status = follower.work()
         in_order = True
     except Lost:
         print(f"fastscore: failed: rank {rank}: rank 0 is gone before the run has ended", file=sys.stderr)
         status = FAILED
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except Interrupted as stop:  # of rank 0 too, which says so
+        follower.tell_interrupted()
+        status = SIGNALLED + stop.signum
+    finally:
+        follower.close()
     return leave(status, follower.stop() and in_order)
 
 
@@ -70,7 +79,9 @@ class Follower:
 
     def __init__(self) -> None:
         self._channel = Channel(0)
-        self._scorers: dict[ScorerConfig, Any] = {}
+        self._scorer: Any = None  # a program has one configuration, but may have several jobs
+        self._cache: Any = None
+        self._place: CacheAt | None = None
         self._progress: tuple[int, RunStats] | None = None
         self._ended = threading.Event()
         # In a thread: the one that scores must not wait for it.
@@ -99,14 +110,31 @@ class Follower:
             if order[0] == "end":
                 return int(order[1])
             job, block = order[1:]
-            result = score_block(self._open, job, block, lambda stats, index=block.index: self._see(index, stats))
+            result = self._score(job, block)
             self._progress = None
             self._channel.send("scores", sendable(replace(result, worker=str(dist.get_rank()))))
 
-    def _open(self, config: ScorerConfig) -> Any:
-        if config not in self._scorers:
-            self._scorers[config] = open_on_device(config)
-        return self._scorers[config]
+    def tell_interrupted(self) -> None:
+        """Say that this rank leaves, and not because it failed."""
+        with suppress(Lost):
+            self._channel.send("interrupted")
+
+    def _score(self, job: Job, block: Block) -> BlockScores:
+        try:
+            if self._scorer is None:
+                self._scorer = open_on_device(job.scorer_config)
+            if self._cache is None or self._place != job.cache:
+                self.close()
+                self._cache, self._place = self._scorer.cache_at(job.cache), job.cache
+        except Exception as error:  # noqa: BLE001 - rank 0 raises it
+            return BlockScores(block.index, "", error=error)
+        return score_block(self._scorer, self._cache, job, block, partial(self._see, block.index))
+
+    def close(self) -> None:
+        """Let go of the cache."""
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
     def _see(self, index: int, stats: RunStats) -> None:
         self._progress = index, stats

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, score_block, scored_rows, sendable
+from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows, sendable
 from fastscore.blocks import CHARS_PER_TOKEN, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.types import InputError, Row, RunStats, ScoredRow
@@ -66,6 +66,14 @@ def test_rows_that_share_a_prefix_stay_together() -> None:
 def test_a_bad_row_shares_nothing_and_is_dealt_like_others() -> None:
     rows = [row("x" * 100), Row({"context": 5}, "r.jsonl", 2), row("x" * 100)]
     assert [found for block in cut_blocks(rows, CHOICES, 1, 20) for found in block.rows] == rows
+
+
+def test_rows_that_only_a_tokenizer_expands_are_cut_all_the_same() -> None:
+    talk = [{"role": "user", "content": "hello " * 20}]
+    rows = [Row({"prompt": talk, "chosen": talk, "rejected": talk}, "r.jsonl", line) for line in range(6)]
+    assert len(list(cut_blocks(rows, TaskConfig("preference"), 1, 60))) > 1
+    chat = TaskConfig("choices", chat_template=True)
+    assert len(list(cut_blocks([row("x" * 100, line) for line in range(6)], chat, 1, 30))) > 1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ class Scorer:
         return {"model": "none"}
 
     def stream_rows(
-        self, rows: list[Row], config: TaskConfig, *, on_bad_row: Any = None, on_progress: Any = None
+        self, rows: list[Row], config: TaskConfig, *, on_bad_row: Any, on_progress: Any, cache: Any
     ) -> Iterator[ScoredRow]:
         for found in rows:
             if found.data["context"] == "stop":
@@ -150,21 +158,22 @@ def test_a_block_through_a_scorer_and_back() -> None:
     rows = [row("abc"), row(""), row("ab")]
     job, scorer, seen = Job(ScorerConfig(), CHOICES, skip_bad_rows=True), Scorer(), list[RunStats]()
     for _ in range(2):  # what a scorer did before is not counted again
-        found = score_block(lambda _: scorer, job, Block(0, rows), seen.append)
+        found = score_block(scorer, None, job, Block(0, rows), seen.append)
         assert found.stats.pairs == 2
         assert found.description == {"model": "none"}
     assert [stats.pairs for stats in seen] == [1, 2, 1, 2]
     assert all(scored.row.data == {} for _, scored in found.scored)
     bad = list[tuple[Row, InputError]]()
-    back = list(scored_rows(Block(0, rows), found, lambda *pair: bad.append(pair)))
+    hand_on_bad(Block(0, rows), found, lambda *pair: bad.append(pair))
+    back = list(scored_rows(Block(0, rows), found))
     assert [(scored.row, scored.teacher_scores) for scored in back] == [(rows[0], (3.0,)), (rows[2], (2.0,))]
     assert [(found_row is rows[1], str(error)) for found_row, error in bad] == [(True, "r.jsonl:1: empty")]
 
 
 def test_what_ends_a_block_is_raised_after_the_rows_before_it() -> None:
     rows = [row("abc"), row("stop"), row("ab")]
-    found = sendable(score_block(lambda _: Scorer(), Job(ScorerConfig(), CHOICES, False), Block(0, rows), id))
-    back = scored_rows(Block(0, rows), found, None)
+    found = sendable(score_block(Scorer(), None, Job(ScorerConfig(), CHOICES, False), Block(0, rows), id))
+    back = scored_rows(Block(0, rows), found)
     assert next(back).row is rows[0]
     with pytest.raises(RuntimeError, match=r"^OSError: no more$"):
         next(back)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fastscore
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, score_block, scored_rows, sendable
+from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows, sendable
 from fastscore.blocks import Block, cut_blocks
+from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.types import InputError, Row, RunStats, ScoredRow
 from fastscore.windows import OnBadRow
@@ -26,12 +26,12 @@ from fastscore.windows import OnBadRow
 try:
     import pyarrow
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
-    from ray.data.block import BlockMetadata
+    from ray.data import ActorPoolStrategy, DataContext
+
+    from fastscore.ray_cache import ClusterCache, WorkerCache
+    from fastscore.ray_shelf import Blocks, Shelf
 except ImportError as missing:
     raise InputError("--engine ray needs Ray Data: pip install 'fastscore[ray]'") from missing
-
-logger = logging.getLogger("fastscore")
 
 BLOCKS_AHEAD = 4
 """Blocks for each worker that may be unwritten, because one before them is not finished."""
@@ -136,6 +136,10 @@ class RayScorer:
         self._description: dict[str, Any] = {}
         self.stats = self._total.stats
 
+    def cache_at(self, place: CacheAt | None) -> ClusterCache:
+        """A cache in this process's own file."""
+        return ClusterCache(place)
+
     def describe(self) -> dict[str, Any]:
         """Of a worker, and how many there are."""
         pool = self._total.describe("ray", self._pool.workers)
@@ -148,26 +152,31 @@ class RayScorer:
         *,
         on_bad_row: OnBadRow | None = None,
         on_progress: Callable[[RunStats], None] | None = None,
+        cache: ClusterCache | None = None,
     ) -> Generator[ScoredRow, None, None]:
         """As :meth:`fastscore.Scorer.stream_rows`; ``rows`` are read in a thread.
 
         A worker that dies is replaced by Ray, and the block that it had is scored again.
         """
         workers = self._pool.workers
-        job = Job(self.config, task_config, on_bad_row is not None)
+        cache = ClusterCache(None) if cache is None else cache
+        job = Job(self.config, task_config, on_bad_row is not None, cache.place)
+        cache.start()
         blocks = cut_blocks(rows, task_config, workers, self.config.window_tokens)
         shelf = Shelf(Dealt(blocks, BLOCKS_AHEAD * workers))
-        with shelf, closing(self._results(shelf, job)) as results:
+        with shelf, closing(self._results(shelf, job, cache)) as results:
             for _ in results:
                 for block, result in shelf.finished():
                     self._total.add(result)
                     self._description = result.description or self._description
-                    yield from scored_rows(block, result, on_bad_row)
+                    cache.told(result.cache_trouble)
+                    shelf.locked(hand_on_bad, block, result, on_bad_row)
+                    yield from scored_rows(block, result)
                     if on_progress is not None:
                         on_progress(replace(self.stats))
         shelf.check()
 
-    def _results(self, shelf: Shelf, job: Job) -> Generator[None, None, None]:
+    def _results(self, shelf: Shelf, job: Job, cache: ClusterCache) -> Generator[None, None, None]:
         """Each time a block is back on the shelf."""
         pool = self._pool
         context = DataContext.get_current()
@@ -176,7 +185,7 @@ class RayScorer:
         context.target_max_block_size = 1
         dataset = ray.data.read_datasource(Blocks(shelf.actor), override_num_blocks=1, num_cpus=0).map_batches(
             ScoreBlocks,
-            fn_constructor_args=(job, shelf.actor),
+            fn_constructor_args=(job, shelf.actor, cache.actor),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
@@ -189,144 +198,19 @@ class RayScorer:
                 yield
 
 
-class Shelf:
-    """Blocks on their way: a thread cuts them and puts them where Ray's tasks find them, as many as memory allows."""
-
-    def __init__(self, dealt: Dealt) -> None:
-        self.actor = _ShelfActor.options(num_cpus=0, max_concurrency=100).remote()
-        self._dealt = dealt
-        self._changed = threading.Condition()
-        self._closed = False
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._fill, name="fastscore-shelf", daemon=True)
-
-    def __enter__(self) -> Shelf:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-        ray.kill(self.actor)
-
-    def finish(self, result: BlockScores) -> None:
-        """Take what came of a block."""
-        with self._changed:
-            self._dealt.finish(result)
-
-    def finished(self) -> Iterator[tuple[Block, BlockScores]]:
-        """Blocks with their results, in the order of the rows, as far as they have come."""
-        while True:
-            with self._changed:
-                found = self._dealt.next_finished()
-                self._changed.notify_all()
-            if found is None:
-                return
-            self.actor.drop.remote(found[0].index)
-            yield found
-
-    def check(self) -> None:
-        """Raise what went wrong with reading rows."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _fill(self) -> None:
-        try:
-            while (block := self._next()) is not None:
-                ray.get(self.actor.put.remote(block.index, pickle.dumps(block, protocol=5)))
-        except Exception as error:  # noqa: BLE001 - raised by check, in the thread that writes
-            self._failure = error
-        ray.get(self.actor.end.remote())
-
-    def _next(self) -> Block | None:
-        with self._changed:
-            while not self._closed and not self._dealt.is_done:
-                if (block := self._dealt.claim()) is not None:
-                    return block
-                if self._dealt.is_exhausted:
-                    return None
-                self._changed.wait()
-        return None
-
-
-@ray.remote
-class _ShelfActor:
-    """Holds blocks from when they were cut until their scores are written."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self._blocks: dict[int, bytes] = {}
-        self._tries: dict[int, int] = {}
-        self._count = 0
-        self._ended = False
-        self._changed = asyncio.Condition()
-
-    async def put(self, index: int, block: bytes) -> None:
-        async with self._changed:
-            self._blocks[index] = block
-            self._count = index + 1
-            self._changed.notify_all()
-
-    async def drop(self, index: int) -> None:
-        self._blocks.pop(index, None)
-        self._tries.pop(index, None)
-
-    async def end(self) -> None:
-        async with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    async def begin(self, index: int) -> int:
-        """How often this block has been begun, this time among them."""
-        self._tries[index] = self._tries.get(index, 0) + 1
-        return self._tries[index]
-
-    async def get(self, index: int) -> bytes | None:
-        """The block, b"" when its scores are written already, None after the last one. Waits for it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: index < self._count or self._ended)
-            return self._blocks.get(index, b"") if index < self._count else None
-
-
-class Blocks(Datasource):
-    """A source for Ray Data: blocks in their order, when they are there. Read again, it gives those that matter."""
-
-    def __init__(self, shelf: Any) -> None:
-        super().__init__()
-        self._shelf = shelf
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        shelf = self._shelf
-        return [ReadTask(lambda: _read(shelf), metadata, schema=pyarrow.schema([("block", pyarrow.binary())]))]
-
-
-def _read(shelf: Any) -> Iterator[Any]:
-    index = 0
-    while (block := ray.get(shelf.get.remote(index))) is not None:
-        yield pyarrow.table({"block": pyarrow.array([block], pyarrow.binary())})
-        index += 1
-
-
 class ScoreBlocks:
     """An actor of the pool: one scorer, made when the first block is there, so that its errors can be told."""
 
-    def __init__(self, job: Job, shelf: Any) -> None:
+    def __init__(self, job: Job, shelf: Any, cache: Any) -> None:
         self._job = job
         self._shelf = shelf
+        self._cache_actor = cache
+        self._cache: WorkerCache | None = None
         self._scorer: Any = None
 
     def __call__(self, batch: Any) -> Any:
         results = [self._score(pickle.loads(data)) for data in batch.column("block").to_pylist() if data]
-        scores = [pickle.dumps(result, protocol=5) for result in results]
+        scores = [pickle.dumps(sendable(result), protocol=5) for result in results]
         return pyarrow.table({"scores": pyarrow.array(scores, pyarrow.binary())})
 
     def _score(self, block: Block) -> BlockScores:
@@ -334,10 +218,16 @@ class ScoreBlocks:
         if (tries := ray.get(self._shelf.begin.remote(block.index))) > MOST_TRIES:
             place = block.rows[0].error(f"this row and those after it ended their worker {MOST_TRIES} times")
             return BlockScores(block.index, worker, error=RuntimeError(str(place)))
-        result = score_block(self._open, self._job, block, lambda stats: None)
-        return sendable(replace(result, worker=worker, tries=tries))
+        try:
+            self._load()
+        except Exception as error:  # noqa: BLE001 - raised where the rows are written
+            return BlockScores(block.index, worker, error=error)
+        result = score_block(self._scorer, self._cache, self._job, block, lambda stats: None)
+        trouble = None if self._cache is None else self._cache.trouble
+        return replace(result, worker=worker, tries=tries, cache_trouble=trouble)
 
-    def _open(self, config: ScorerConfig) -> Any:
+    def _load(self) -> None:
         if self._scorer is None:
-            self._scorer = fastscore.Scorer.from_config(config)
-        return self._scorer
+            self._scorer = fastscore.Scorer.from_config(self._job.scorer_config)
+        if self._cache is None and self._job.cache is not None:
+            self._cache = WorkerCache(self._cache_actor, self._job.cache.is_asked_for, self._scorer.identity)

@@ -67,7 +67,7 @@ class Lead:
 
     def open_scorer(self, config: ScorerConfig) -> ManyRanks:
         """All ranks as one scorer."""
-        return ManyRanks(self, open_on_device(config))
+        return ManyRanks(self, config, open_on_device(config))
 
     @contextmanager
     def dealing(self, job: Job, dealt: Dealt) -> Iterator[None]:
@@ -168,8 +168,9 @@ class Lead:
 class ManyRanks:
     """What :func:`fastscore.run_files.run_files` asks of a scorer, done by all ranks."""
 
-    def __init__(self, lead: Lead, own: Any) -> None:
+    def __init__(self, lead: Lead, config: ScorerConfig, own: Any) -> None:
         self._lead = lead
+        self._config = config
         self._own = own
         self._total = TotalStats()
         self.stats = self._total.stats
@@ -198,7 +199,7 @@ class ManyRanks:
         Raises:
             RuntimeError: a rank is gone.
         """
-        lead, config = self._lead, self._own.config
+        lead, config = self._lead, self._config
         job = Job(config, task_config, on_bad_row is not None, None if cache is None else cache.place)
         blocks = cut_blocks(rows, task_config, lead.world_size, config.window_tokens)
         dealt = Dealt(blocks, BLOCKS_AHEAD * lead.world_size)

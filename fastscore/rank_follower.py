@@ -83,12 +83,15 @@ class Follower:
         self._cache: Any = None
         self._place: CacheAt | None = None
         self._progress: tuple[int, RunStats] | None = None
+        self._is_busy = False
+        self._reporting = threading.Lock()
         self._ended = threading.Event()
         # In a thread: the one that scores must not wait for it.
         self._reporter = threading.Thread(target=self._report, name="fastscore-report", daemon=True)
 
     def start(self) -> None:
-        """Tell rank 0 from now on how far the block is, or only that somebody is there."""
+        """Tell rank 0 from now on how far a block is, or only that somebody is there. Between blocks it is rank 0 that
+        does so, and does not listen."""
         self._reporter.start()
 
     def stop(self) -> bool:
@@ -104,12 +107,15 @@ class Follower:
             Lost: rank 0 is gone.
         """
         while True:
+            with self._reporting:
+                self._is_busy = False
             self._channel.send("wanted")
             while (order := self._channel.receive())[0] == "wait":
                 pass
             if order[0] == "end":
                 return int(order[1])
             job, block = order[1:]
+            self._is_busy = True
             result = self._score(job, block)
             self._progress = None
             self._channel.send("scores", sendable(replace(result, worker=str(dist.get_rank()))))
@@ -143,14 +149,13 @@ class Follower:
         told, silent = None, 0.0
         while not self._ended.wait(_REPORT_SECONDS):
             silent += _REPORT_SECONDS
-            progress = self._progress
-            try:
-                if progress is not None and progress is not told:
-                    self._channel.send("progress", *progress)
-                elif silent >= HEARTBEAT_SECONDS:
-                    self._channel.send("alive")
-                else:
+            with self._reporting:
+                progress = self._progress
+                news = progress is not None and progress is not told
+                if not self._is_busy or not (news or silent >= HEARTBEAT_SECONDS):
                     continue
-            except Lost:  # the thread that works meets it too
-                return
+                try:
+                    self._channel.send(*(("progress", *progress) if news else ("alive",)))
+                except Lost:  # the thread that works meets it too
+                    return
             told, silent = progress, 0.0

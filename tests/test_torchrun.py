@@ -15,6 +15,10 @@ import pytest
 from many_processes import ended, environment, make_rows, ranks, read_scores, run_ranks, write_rows
 from tiny_models import make_tiny_model
 
+from fastscore import InputError
+from fastscore.config import ScorerConfig
+from fastscore.rank_follower import open_on_device
+
 ROWS = make_rows(60)
 
 
@@ -137,3 +141,27 @@ def test_a_model_that_is_not_there_is_told_once(tmp_path: Path) -> None:
     assert (first, second, nothing) == (2, 2, "")
     assert said.count("fastscore: ") == 1
     assert folder(tmp_path) == {"rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "place"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu"), ("cuda:0", "cuda:0")]
+)
+def test_each_rank_has_its_own_gpu(asked: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Any] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("fastscore.Scorer.from_config", lambda config: config)
+    assert open_on_device(ScorerConfig(device=asked)).device == place
+    assert chosen == ([1] if place == "cuda:1" else [])
+
+
+def test_a_rank_without_a_gpu_and_one_that_would_take_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(InputError, match="3 processes on this machine, but 2 GPUs"):
+        open_on_device(ScorerConfig())
+    with pytest.raises(InputError, match="--device-map"):
+        open_on_device(ScorerConfig(device_map="auto"))

@@ -124,8 +124,16 @@ class _FarCache:
         return request_keys(self._fingerprint, requests)
 
     def get(self, key_R2: Ints) -> list[AnswerScore | None]:
-        return ray.get(self._actor.get.remote(self._fingerprint, key_R2))
+        return _answer(self._actor.get.remote(self._fingerprint, key_R2))
 
     def put(self, key_R2: Ints, logprob_A: Floats, length_R: Ints, is_greedy_R: Bools) -> None:
         entries = [np.ascontiguousarray(part) for part in (key_R2, logprob_A, length_R, is_greedy_R)]
-        ray.get(self._actor.put.remote(self._fingerprint, *entries))
+        _answer(self._actor.put.remote(self._fingerprint, *entries))
+
+
+def _answer(asked: Any) -> Any:
+    """What the actor gives back, or raises."""
+    try:
+        return ray.get(asked)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None

@@ -26,7 +26,7 @@ from fastscore.windows import OnBadRow
 try:
     import pyarrow
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
     from fastscore.ray_cache import ClusterCache, WorkerCache
     from fastscore.ray_shelf import Blocks, Shelf
@@ -179,10 +179,6 @@ class RayScorer:
     def _results(self, shelf: Shelf, job: Job, cache: ClusterCache) -> Generator[None, None, None]:
         """Each time a block is back on the shelf."""
         pool = self._pool
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        # One block of rows is one of Ray Data's: it would put small ones together, and wait for the next.
-        context.target_max_block_size = 1
         dataset = ray.data.read_datasource(Blocks(shelf.actor), override_num_blocks=1, num_cpus=0).map_batches(
             ScoreBlocks,
             fn_constructor_args=(job, shelf.actor, cache.actor),
@@ -192,6 +188,9 @@ class RayScorer:
             num_gpus=pool.gpus or None,
             num_cpus=pool.cpus,
         )
+        dataset.context.enable_progress_bars = False
+        # One block of rows is one of Ray Data's: it would put small ones together, and wait for the next.
+        dataset.context.target_max_block_size = 1
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             for data in batch.column("scores").to_pylist():
                 shelf.finish(pickle.loads(data))

@@ -33,7 +33,7 @@ from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS, TaskConfig
 from fastscore.rows import RowWriter, read_rows
 from fastscore.tasks import output_row, validate_row
 
-TORCHRUN = ("-m", "torch.distributed.run", "--master_port", "0", "--nproc_per_node")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 CONTENDERS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     # name: workers, before "-m fastscore", after its arguments
     "plain": (1, (), ()),

@@ -40,7 +40,7 @@ def meet() -> int:
 
 def local_rank() -> int:
     """This process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    return int(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
 
 
 class Channel:

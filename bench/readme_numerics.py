@@ -1,4 +1,4 @@
-"""How exact scores are, for the README and docs/numerics.md, from the files of ``fidelity.py`` and ``invariance.py``."""
+"""How exact scores are, for the README and docs/numerics.md, from ``fidelity.py`` and ``invariance.py``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def fidelity_in_full(folder: Path) -> str:
     lines = [
         wrapped(
             f"`python bench/fidelity.py --queries {task['queries']}`: {task['pairs']:,} pairs, "
-            f"{task['answer_tokens']:,} answer tokens, {report['model']}; {machine(report['environment'])} ({link(FIDELITY, '../')}). Absolute "
+            f"{task['answer_tokens']:,} answer tokens, {report['model']}; "
+            f"{machine(report['environment'])} ({link(FIDELITY, '../')}). Absolute "
             "differences from the truth in nats, Kendall's tau over the candidates of a query (mean), and in how many "
             "queries another candidate became the best:"
         ),
@@ -86,7 +87,7 @@ def moved_by_sharing(folder: Path) -> str:
     moved = report["files"][0]["contenders"][NO_TREE]["difference_from_fastscore"]
     return wrapped(
         f"`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair "
-        f"moved the log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
+        f"moved log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
         f"{moved['max']:.3f} at most ({link(SHARING, '../')}). Neither of the two is the truth."
     )
 

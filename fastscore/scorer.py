@@ -231,7 +231,7 @@ class Scorer:
         max_length: int | None = None,
         score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
-        """``rows`` as dictionaries, with ``teacher_scores``; other arguments as for :class:`fastscore.config.TaskConfig`.
+        """``rows`` as dictionaries, with ``teacher_scores``; the rest as in :class:`fastscore.config.TaskConfig`.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
         ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.

@@ -155,7 +155,7 @@ class Follower:
                 if not self._is_busy or not (news or silent >= HEARTBEAT_SECONDS):
                     continue
                 try:
-                    self._channel.send(*(("progress", *progress) if news else ("alive",)))
+                    self._channel.send(*(("progress", *(progress or ())) if news else ("alive",)))
                 except Lost:  # the thread that works meets it too
                     return
             told, silent = progress, 0.0

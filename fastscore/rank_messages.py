@@ -32,7 +32,7 @@ def meet() -> int:
     Raises:
         dist.DistError: they did not all come.
     """
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))  # type: ignore[attr-defined]
     store.set_timeout(MEETING)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=SILENCE)
     return rank
@@ -77,7 +77,7 @@ class Channel:
             dist.recv(data_B, self.peer)
         except RuntimeError as error:
             raise Lost(str(error)) from error
-        return pickle.loads(data_B.numpy())
+        return pickle.loads(data_B.numpy())  # type: ignore[arg-type]
 
 
 def leave(status: int, in_order: bool) -> int:

@@ -39,7 +39,8 @@ class ClusterCache:
         if self.place is not None and self.actor is None:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             options = {"num_cpus": 0, "scheduling_strategy": here}
-            self.actor = _CacheActor.options(**options).remote(os.path.abspath(self.place.path))
+            actor: Any = _CacheActor  # Ray's decorator has changed it
+            self.actor = actor.options(**options).remote(os.path.abspath(self.place.path))
 
     def told(self, trouble: str | None) -> None:
         """What a worker says of it: nothing, or why it goes without."""

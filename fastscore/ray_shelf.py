@@ -21,7 +21,8 @@ class Shelf:
     """Blocks on their way: a thread cuts them and puts them where Ray's tasks find them, as many as memory allows."""
 
     def __init__(self, dealt: Dealt) -> None:
-        self.actor = _ShelfActor.options(num_cpus=0, max_concurrency=100).remote()
+        actor: Any = _ShelfActor  # Ray's decorator has changed it
+        self.actor = actor.options(num_cpus=0, max_concurrency=100).remote()
         self._dealt = dealt
         self._changed = threading.Condition()
         self._closed = False
@@ -122,7 +123,7 @@ class _ShelfActor:
             return self._blocks.get(index, b"") if index < self._count else None
 
 
-class Blocks(Datasource):
+class Blocks(Datasource):  # type: ignore[misc]
     """A source for Ray Data: blocks in their order, when they are there. Read again, it gives those that matter."""
 
     def __init__(self, shelf: Any) -> None:

@@ -1,4 +1,5 @@
-"""The sections of the README and of docs/numerics.md on how exact scores are, from the files of ``fidelity.py`` and ``invariance.py``."""
+"""How exact scores are, for the README and docs/numerics.md, from the files of ``fidelity.py``, ``invariance.py`` and
+``prefix_sharing.py``."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def fidelity_in_full(folder: Path) -> str:
     task = report["workload"]
     lines = [
         wrapped(
-            f"`python bench/fidelity.py --queries {task['queries']}`: {task['pairs']:,} pairs, {task['answer_tokens']:,} "
-            f"answer tokens, {report['model']}; {machine(report['environment'])} ({link(FIDELITY, '../')}). Absolute "
+            f"`python bench/fidelity.py --queries {task['queries']}`: {task['pairs']:,} pairs, "
+            f"{task['answer_tokens']:,} answer tokens, {report['model']}; {machine(report['environment'])} ({link(FIDELITY, '../')}). Absolute "
             "differences from the truth in nats, Kendall's tau over the candidates of a query (mean), and in how many "
             "queries another candidate became the best:"
         ),
@@ -85,7 +86,7 @@ def moved_by_sharing(folder: Path) -> str:
         return "What sharing does to scores has not been measured yet (`python bench/prefix_sharing.py`)."
     moved = report["files"][0]["contenders"][NO_TREE]["difference_from_fastscore"]
     return wrapped(
-        f"`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair moved "
+        "`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair moved "
         f"the log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
         f"{moved['max']:.3f} at most ({link(SHARING, '../')}). Neither of the two is the truth."
     )

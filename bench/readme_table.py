@@ -1,4 +1,4 @@
-"""Writes the measured tables of README and guides from the files in ``results/``: ``python bench/readme_table.py``.
+"""Writes measured tables of the README and docs/numerics.md from ``results/``: ``python bench/readme_table.py``.
 
 What stands between ``<!-- measured: NAME -->`` and ``<!-- end of measured: NAME -->`` is made by the function of that
 name below, from its files alone, and says on what they were measured. Where a file is absent, so does the README.

@@ -32,7 +32,11 @@ def candidate_places(row: Row, config: TaskConfig) -> list[tuple[str | None, int
 
 
 def check_ranked(row: Row, config: TaskConfig, name: str) -> None:
-    """See that the row has a query, and that its scores are those of positives and negatives, which are texts."""
+    """See that the row has a query, and that its scores are those of positives and negatives, which are texts.
+
+    Raises:
+        InputError: it is not so.
+    """
     check_candidates(row, config, name)
     check_text(row, row.data.get("query"), "query", name)
     places = candidate_places(row, config)

@@ -12,7 +12,11 @@ Message: TypeAlias = "dict[str, Any]"
 
 
 def checked_text(row: Row, value: Any, field: str) -> str:
-    """The value, if it is a text that a tokenizer takes as it is."""
+    """The value, if it is a text that a tokenizer takes as it is.
+
+    Raises:
+        InputError: it is none, has a NUL character or half a surrogate pair.
+    """
     if not isinstance(value, str):
         raise mistyped(row, field, "a string", value)
     if "\0" in value:

@@ -112,6 +112,7 @@ class Work:
 
     @property
     def num_known(self) -> int:
+        """Requests whose scores came from the cache."""
         return 0 if self.known is None else len(self.known) - len(self.requests)
 
     def place(self, index: int) -> int:

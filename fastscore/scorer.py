@@ -208,7 +208,7 @@ class Scorer:
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
         """Score ``requests`` that were tokenised before. Where ``plan`` is given they were planned too, and no cache is
-        asked.
+        asked. ``on_progress`` gets the counters so far.
 
         Raises:
             RuntimeError: a score that is no number.
@@ -231,7 +231,7 @@ class Scorer:
         max_length: int | None = None,
         score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
-        """``rows`` as dictionaries, with ``teacher_scores``; the rest as in :class:`fastscore.config.TaskConfig`.
+        """``rows`` as dictionaries, with ``teacher_scores`` added; the rest as in :class:`fastscore.config.TaskConfig`.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
         ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
@@ -289,7 +289,7 @@ class Scorer:
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
-        """What :meth:`stream_rows` would score without a cache, given the same, and the plans. Loads the model."""
+        """What :meth:`stream_rows` would score, same arguments, without a cache; and the plans. Loads the model."""
         self.check_task(task_config)
         windows = read_windows(rows, task_config, self._pair_tokenizer, self.config.window_tokens, on_bad_row)
         for window in windows:

@@ -120,6 +120,7 @@ class RowPairs:
 
     @property
     def has_baseline(self) -> bool:
+        """Whether the answers also come without a passage, after all other pairs."""
         return len(self.pairs) > self.num_candidates * self.num_answers
 
 

@@ -145,8 +145,8 @@ class Reader:
             if not _INPUT.fullmatch(argument):
                 continue
             if argument.endswith("/"):
-                path.mkdir()
-                path = path / "part.jsonl"
+                path = path / "data" / "train-0.parquet"
+                path.parent.mkdir(parents=True)
             data = b"".join((EXAMPLES / "qa.jsonl").read_bytes().splitlines(keepends=True)[:1])
             if "scored" in argument:
                 data = self.scored.read_bytes()

@@ -92,4 +92,5 @@ def test_every_field_of_a_config_is_described(config: Any) -> None:
 
 def test_the_scorer_takes_what_its_config_describes() -> None:
     taken = list(inspect.signature(fastscore.Scorer).parameters)
-    assert set(taken) == set(ScorerConfig.__dataclass_fields__)
+    assert set(taken) == {*ScorerConfig.__dataclass_fields__, "cache"}
+    assert "``cache``" in (fastscore.Scorer.__doc__ or "")

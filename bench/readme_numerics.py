@@ -87,8 +87,8 @@ def moved_by_sharing(folder: Path) -> str:
         return "What sharing does to scores has not been measured yet (`python bench/prefix_sharing.py`)."
     moved = report["files"][0]["contenders"][NO_TREE]["difference_from_fastscore"]
     return wrapped(
-        "`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair moved "
-        f"the log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
+        "`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair "
+        f"moved log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
         f"{moved['max']:.3f} at most ({link(SHARING, '../')}). Neither of the two is the truth."
     )
 

@@ -49,11 +49,20 @@ def check_ranked(row: Row, config: TaskConfig, name: str) -> None:
 
 
 def check_candidates(row: Row, config: TaskConfig, name: str) -> None:
-    """See that the row's task has candidates that a query can be put beside."""
+    """See that the row's task has candidates that a query can be put beside.
+
+    Raises:
+        InputError: it has none.
+    """
     if make_task(config, row).name == "preference":
         raise row.error(f"--format {name} needs candidates, and the task 'preference' has none", "task")
 
 
 def check_text(row: Row, value: object, field: str, name: str) -> None:
+    """See that a value is one text, as the format ``name`` wants it.
+
+    Raises:
+        InputError: it is not.
+    """
     if not isinstance(value, str):
         raise row.error(f"--format {name} needs a string, found {describe(value)}", field)

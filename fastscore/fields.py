@@ -30,7 +30,11 @@ def checked_text(row: Row, value: Any, field: str) -> str:
 
 
 def checked_messages(row: Row, value: Any, field: str) -> list[Message]:
-    """The value, if it is a conversation: a list of messages with a role, and texts that a tokenizer takes."""
+    """The value, if it is a conversation: a list of messages with a role, and texts that a tokenizer takes.
+
+    Raises:
+        InputError: it is none.
+    """
     if not isinstance(value, list) or not value:
         raise mistyped(row, field, "a non-empty list of messages", value)
     for index, message in enumerate(value):

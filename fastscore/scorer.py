@@ -313,7 +313,7 @@ class Scorer:
         return self._identity
 
     def check_task(self, config: TaskConfig) -> None:
-        """See that the tokenizer has what the task asks for: a chat template, an EOS token. Loads no weights.
+        """See that the tokenizer has what ``config`` asks for: a chat template, an EOS token. Loads no weights.
 
         Raises:
             InputError: it has not.

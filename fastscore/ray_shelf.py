@@ -84,8 +84,7 @@ class Shelf:
         return None
 
 
-@ray.remote
-class _ShelfActor:
+class _Blocks:
     """Holds blocks from when they were cut until their scores are written."""
 
     def __init__(self) -> None:
@@ -122,7 +121,10 @@ class _ShelfActor:
             return self._blocks.get(index, b"") if index < self._count else None
 
 
-class Blocks(Datasource):
+_ShelfActor: Any = ray.remote(_Blocks)
+
+
+class Blocks(Datasource):  # type: ignore[misc]
     """A source for Ray Data: blocks in their order, when they are there. Read again, it gives those that matter."""
 
     def __init__(self, shelf: Any) -> None:

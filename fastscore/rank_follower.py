@@ -151,11 +151,11 @@ class Follower:
             silent += _REPORT_SECONDS
             with self._reporting:
                 progress = self._progress
-                news = progress is not None and progress is not told
-                if not self._is_busy or not (news or silent >= HEARTBEAT_SECONDS):
+                news = None if progress is told else progress
+                if not self._is_busy or (news is None and silent < HEARTBEAT_SECONDS):
                     continue
                 try:
-                    self._channel.send(*(("progress", *(progress or ())) if news else ("alive",)))
+                    self._channel.send(*(("alive",) if news is None else ("progress", *news)))
                 except Lost:  # the thread that works meets it too
                     return
             told, silent = progress, 0.0

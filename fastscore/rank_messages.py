@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 HEARTBEAT_SECONDS = 30.0
 """How often either side says that it is still there while it has nothing else to say."""
@@ -32,7 +33,7 @@ def meet() -> int:
     Raises:
         dist.DistError: they did not all come.
     """
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))  # type: ignore[attr-defined]
+    store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))
     store.set_timeout(MEETING)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=SILENCE)
     return rank
@@ -77,7 +78,7 @@ class Channel:
             dist.recv(data_B, self.peer)
         except RuntimeError as error:
             raise Lost(str(error)) from error
-        return pickle.loads(data_B.numpy())  # type: ignore[arg-type]
+        return pickle.loads(data_B.numpy().data)
 
 
 def leave(status: int, in_order: bool) -> int:

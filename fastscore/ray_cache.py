@@ -60,8 +60,7 @@ class ClusterCache:
             self.actor = None
 
 
-@ray.remote
-class _CacheActor:
+class _CacheFile:
     """Holds the file open, for as many models as ask."""
 
     def __init__(self, path: str) -> None:
@@ -86,6 +85,9 @@ class _CacheActor:
         for cache in self._caches.values():
             cache.close()
         self._caches.clear()
+
+
+_CacheActor: Any = ray.remote(_CacheFile)
 
 
 class WorkerCache:

@@ -21,8 +21,7 @@ class Shelf:
     """Blocks on their way: a thread cuts them and puts them where Ray's tasks find them, as many as memory allows."""
 
     def __init__(self, dealt: Dealt) -> None:
-        actor: Any = _ShelfActor  # Ray's decorator has changed it
-        self.actor = actor.options(num_cpus=0, max_concurrency=100).remote()
+        self.actor = _ShelfActor.options(num_cpus=0, max_concurrency=100).remote()
         self._dealt = dealt
         self._changed = threading.Condition()
         self._closed = False
@@ -85,8 +84,7 @@ class Shelf:
         return None
 
 
-@ray.remote
-class _ShelfActor:
+class _Blocks:
     """Holds blocks from when they were cut until their scores are written."""
 
     def __init__(self) -> None:
@@ -121,6 +119,9 @@ class _ShelfActor:
         async with self._changed:
             await self._changed.wait_for(lambda: index < self._count or self._ended)
             return self._blocks.get(index, b"") if index < self._count else None
+
+
+_ShelfActor: Any = ray.remote(_Blocks)
 
 
 class Blocks(Datasource):  # type: ignore[misc]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
+import socket
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -39,6 +41,8 @@ BLOCKS_AHEAD = 4
 
 MOST_TRIES = 4
 """How often a block is begun that takes its worker with it; Ray itself would never give up."""
+
+REACHED_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,22 @@ def _connect() -> None:
         if isinstance(handler, logging.StreamHandler):  # that of its log files is of another kind
             handler.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors")  # there is one source, of many blocks
+    _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster at {address} (RAY_ADDRESS): {str(error).splitlines()[0]}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/\]]+)\]?:(?P<port>\d+)", address)
+    if match is None:  # "local", "auto"
+        return
+    try:
+        socket.create_connection((match["host"], int(match["port"])), timeout=REACHED_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"no Ray cluster at {address} (RAY_ADDRESS): {error.strerror or error}") from error
 
 
 def choose_pool(num_workers: int | None, gpus_per_worker: float | None, nodes: Sequence[Mapping[str, float]]) -> Pool:

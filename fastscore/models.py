@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import check_causal, check_packed, probe_requests
 from fastscore.types import InputError, ScoringRequest
+from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
 
 logger = logging.getLogger("fastscore")
 
@@ -80,13 +82,17 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         AttentionNeeds(device.type, str(dtype).removeprefix("torch."), deterministic=config.deterministic),
     )
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
-    extra = {"device_map": config.device_map} if config.device_map else {}
+    extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
+    check_weight_files(source, config, hf_config)
+    adapter = None if config.adapter is None else _find_adapter(config)
+    if source.gguf_file is None and not config.allow_pickle:
+        extra["use_safetensors"] = True
     model: PreTrainedModel
     model, found = _pretrained(auto, source, config, dtype=dtype, output_loading_info=True, **extra)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(f"model {config.model!r}: {_some(missing)} not among its weights: is it a language model?")
-    if config.adapter is not None:
-        model = _with_adapter(model, config.adapter)
+    if adapter is not None:
+        model = _with_adapter(model, adapter, config)
     if not config.device_map:
         model = model.to(device)  # type: ignore[arg-type]
     if config.quantize is not None:
@@ -188,19 +194,31 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
         return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
     except Exception as error:
         hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
+        if "use_safetensors=True" in str(error):  # a model on the hub
+            hint = f" ({ALLOW_PICKLE}, if it has any)"
         raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """Add a LoRA adapter and fold it into the weights, so that a pack runs at the model's own speed."""
+def _find_adapter(config: ScorerConfig) -> str:
+    """The adapter's folder, seen to be loadable before the model's weights are read."""
+    if find_spec("peft") is None:
+        raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'")
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'") from error
-    try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return adapter_folder(config)
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"adapter {adapter!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> PreTrainedModel:
+    """Add a LoRA adapter and fold it into the weights, so that a pack runs at the model's own speed."""
+    from peft import PeftModel
+
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
     return merged
 
 

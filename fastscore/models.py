@@ -35,7 +35,12 @@ def load_config(source: ModelSource, config: ScorerConfig) -> Any:
     Raises:
         InputError: the model is not there or cannot be read.
     """
-    return _pretrained(AutoConfig, source, config)
+    hf_config = _pretrained(AutoConfig, source, config)
+    for name, otherwise in (("vocab_size", None), ("hidden_size", 1)):
+        size = getattr(hf_config.get_text_config(), name, otherwise)
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"model {config.model!r} cannot be loaded: its config says {name} {size!r}")
+    return hf_config
 
 
 def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
@@ -44,7 +49,12 @@ def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
     Raises:
         InputError: the tokenizer is not there or cannot be read.
     """
-    return _pretrained(AutoTokenizer, source, config)
+    tokenizer = _pretrained(AutoTokenizer, source, config)
+    try:
+        tokenizer("a")  # some settings are looked at only now
+    except Exception as error:
+        raise InputError(f"model {config.model!r}: its tokenizer cannot be used: {_first_line(error)}") from error
+    return tokenizer
 
 
 def max_context(hf_config: Any) -> int | None:
@@ -194,6 +204,8 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
         return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
     except Exception as error:
         hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"model {config.model!r}: its weights have other shapes than its config says") from error
         if "use_safetensors=True" in str(error):  # a model on the hub
             hint = f" ({ALLOW_PICKLE}, if it has any)"
         raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
@@ -247,5 +259,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {' '.join(lines[:2] if lines[0].endswith(':') else lines[:1])}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastscore.config import ScorerConfig
 from fastscore.gguf_header import read_gguf_header
@@ -14,9 +14,16 @@ from fastscore.model_source import ModelSource
 from fastscore.types import InputError
 
 ALLOW_PICKLE = "pickles can hold code; --allow-pickle loads them"
+_MOST_PER_BYTE = 8
+"""Parameters in a byte of a file, at one bit each."""
 _LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
 
 Find = Callable[[str], "Path | None"]
+
+
+class _Held(NamedTuple):
+    tensors: int
+    num_bytes: int | None
 
 
 def check_weight_files(source: ModelSource, config: ScorerConfig, hf_config: Any) -> None:
@@ -24,17 +31,18 @@ def check_weight_files(source: ModelSource, config: ScorerConfig, hf_config: Any
 
     transformers itself takes pickles where an index, the config or an adapter in the model's folder names them, also
     when it is asked for safetensors; it fetches and runs kernels that a config names; and it builds as many layers as
-    the config says, whatever the weights hold.
+    the config says, and fills what is missing with random numbers, whatever the weights hold.
 
     Raises:
         InputError: pickles without ``allow_pickle``, code without ``trust_remote_code``, names that are no plain names
-            of files, more layers than tensors.
+            of files, a model that its weights cannot fill.
     """
     model = f"model {config.model!r}"
     if not config.trust_remote_code:
         _check_kernels(hf_config, model)
     if source.gguf_file is not None:
-        _check_layers(hf_config, read_gguf_header(Path(source.path)).num_tensors, model)
+        path = Path(source.path)
+        _check_sizes(hf_config, _Held(read_gguf_header(path).num_tensors, path.stat().st_size), model)
         return
     named = getattr(hf_config, "transformers_weights", None)
     if named is not None:
@@ -42,14 +50,14 @@ def check_weight_files(source: ModelSource, config: ScorerConfig, hf_config: Any
         if named.endswith(".bin") and not config.allow_pickle:
             raise InputError(f"{model}: its config names {named} as its weights: {ALLOW_PICKLE}")
     find = _finder(source, config)
-    tensors = _safetensors(find, named if named is not None else "model.safetensors", model)
-    if tensors is not None:
-        _check_layers(hf_config, tensors, model)
+    held = _safetensors(find, named if named is not None else "model.safetensors", model)
+    if held is not None:
+        _check_sizes(hf_config, held, model)
     elif pickled := next((name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(name)), None):
         if not config.allow_pickle:
             raise InputError(f"{model}: its weights are pickled ({pickled}): {ALLOW_PICKLE}")
         if (index := find("pytorch_model.bin.index.json")) is not None:
-            _index_size(index, (".bin",), model)
+            _held_by_index(index, (".bin",), model)
     if find_spec("peft") is not None and (adapter := find("adapter_config.json")) is not None:
         _check_adapter(adapter, find, config, model)
 
@@ -106,8 +114,8 @@ def _check_kernels(hf_config: Any, model: str) -> None:
                 raise InputError(f"{model}: its config names {kernel!r} to be run (--trust-remote-code allows that)")
 
 
-def _safetensors(find: Find, name: str, model: str) -> int | None:
-    """The number of tensors in a safetensors file or in those of an index; None when there are none."""
+def _safetensors(find: Find, name: str, model: str) -> _Held | None:
+    """What is in a safetensors file or in those of an index; None when there are none."""
     if name.endswith(".bin"):
         return None
     if not name.endswith(".index.json") and (path := find(name)) is not None:
@@ -115,15 +123,15 @@ def _safetensors(find: Find, name: str, model: str) -> int | None:
 
         try:
             with safe_open(path, framework="numpy") as file:
-                return len(file.keys())
+                return _Held(len(file.keys()), path.stat().st_size)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{model}: {name} cannot be read: {error}") from error
     index = find(name if name.endswith(".index.json") else "model.safetensors.index.json")
-    return None if index is None else _index_size(index, (".safetensors",), model)
+    return None if index is None else _held_by_index(index, (".safetensors",), model)
 
 
-def _index_size(index: Path, endings: tuple[str, ...], model: str) -> int:
-    """The number of tensors in an index whose names of files are found to be plain ones."""
+def _held_by_index(index: Path, endings: tuple[str, ...], model: str) -> _Held:
+    """What is in the files of an index, whose names are found to be plain ones."""
     try:
         files: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name in set(files.values()):
@@ -132,7 +140,9 @@ def _index_size(index: Path, endings: tuple[str, ...], model: str) -> int:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{model}: {index.name} is no index of weights ({type(error).__name__})") from error
-    return len(files)
+    parts = [index.with_name(name) for name in set(files.values())]
+    # Of the hub's, none may have been fetched yet.
+    return _Held(len(files), sum(part.stat().st_size for part in parts) if all(map(Path.is_file, parts)) else None)
 
 
 def _check_name(name: Any, endings: tuple[str, ...], where: str) -> None:
@@ -141,11 +151,27 @@ def _check_name(name: Any, endings: tuple[str, ...], where: str) -> None:
         raise InputError(f"{where} names the weights {name!r}; expected a file beside it, {endings[0]}{hint}")
 
 
-def _check_layers(hf_config: Any, tensors: int, model: str) -> None:
+def _check_sizes(hf_config: Any, held: _Held, model: str) -> None:
+    """Every model has a tensor of its own in each layer, and a matrix as wide as its vocabulary and its layers."""
     for part in (hf_config, hf_config.get_text_config()):
-        for name in _LAYERS:
-            if isinstance(layers := getattr(part, name, None), int) and layers > tensors:
-                raise InputError(f"{model}: its config says {name} {layers}, its weights are {tensors} tensors")
+
+        def size(name: str, part: Any = part) -> int:
+            return value if isinstance(value := getattr(part, name, None), int) else 0
+
+        layers = max(map(size, _LAYERS))
+        if layers > held.tensors:
+            raise InputError(f"{model}: its config says {layers} layers, its weights are {held.tensors} tensors")
+        wide = {
+            "vocab_size": size("vocab_size"),
+            "intermediate_size": size("intermediate_size") * max(1, layers),
+            "num_attention_heads": size("num_attention_heads") * size("head_dim"),
+        }
+        for name, width in wide.items():
+            if held.num_bytes is not None and width * size("hidden_size") > held.num_bytes * _MOST_PER_BYTE:
+                raise InputError(
+                    f"{model}: its config says hidden_size {size('hidden_size')} and {name} {size(name)}, "
+                    f"its weights are {held.num_bytes} bytes"
+                )
 
 
 def _check_adapter(path: Path, find: Find, config: ScorerConfig, what: str) -> None:

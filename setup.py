@@ -22,6 +22,7 @@ EXTRAS = {
     "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
     "report": ["jinja2>=3.1,<4", "vl-convert-python>=1.9,<2"],
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
+    "fuzz": ["atheris>=2.3,<4; platform_system == 'Linux'"],  # tests/fuzz/
 }
 EXTRAS["all"] = sorted(
     {requirement for name in ("gguf", "lora", "device-map", "datasets", "report") for requirement in EXTRAS[name]}

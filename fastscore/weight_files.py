@@ -125,7 +125,7 @@ def _safetensors(find: Find, name: str, model: str) -> _Held | None:
             with safe_open(path, framework="numpy") as file:
                 return _Held(len(file.keys()), path.stat().st_size)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{model}: {name} cannot be read: {error}") from error
+            raise InputError(f"{model} cannot be loaded: {type(error).__name__}: {name}: {error}") from error
     index = find(name if name.endswith(".index.json") else "model.safetensors.index.json")
     return None if index is None else _held_by_index(index, (".safetensors",), model)
 

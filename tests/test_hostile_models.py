@@ -240,7 +240,7 @@ LIES: dict[str, tuple[dict[str, int], dict[str, list[int]], str]] = {
     "wide-heads": ({"head_dim": 10**8}, {}, "num_attention_heads 4, its weights are"),
     "many-layers": ({"num_hidden_layers": 10**9}, {}, "1000000000 layers, its weights are 1 tensors"),
     "other-shapes": ({}, {"model.embed_tokens.weight": [2, 2]}, "have other shapes than"),
-    "a-large-file": ({}, {"model.embed_tokens.weight": [2**50, 64]}, "cannot be read"),
+    "a-large-file": ({}, {"model.embed_tokens.weight": [2**50, 64]}, "model.safetensors: Error"),
 }
 LIMITED = """
 import resource, sys

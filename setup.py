@@ -18,6 +18,7 @@ EXTRAS = {
     "device-map": [ACCELERATE],
     "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
     "datasets": ["datasets>=4,<6"],
+    "tables": ["pyarrow>=21"],  # Parquet and Arrow files
     "quantize": ["torchao>=0.18,<1"],
     "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
     "report": ["jinja2>=3.1,<4", "vl-convert-python>=1.9,<2"],
@@ -25,7 +26,11 @@ EXTRAS = {
     "fuzz": ["atheris>=2.3,<4; platform_system == 'Linux'"],  # tests/fuzz/
 }
 EXTRAS["all"] = sorted(
-    {requirement for name in ("gguf", "lora", "device-map", "datasets", "report") for requirement in EXTRAS[name]}
+    {
+        requirement
+        for name in ("gguf", "lora", "device-map", "datasets", "tables", "report")
+        for requirement in EXTRAS[name]
+    }
 )
 EXTRAS["dev"] = [
     *EXTRAS["all"],
@@ -36,8 +41,11 @@ EXTRAS["dev"] = [
     "pytest>=8.3",
     "pytest-benchmark>=5.1",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
+    "sentence-transformers>=5,<6",  # its losses read what --format writes
     "sentencepiece>=0.2",
+    "trl>=1.16,<2; python_version >= '3.11'",
     "types-setuptools",
 ]
 

@@ -1,8 +1,10 @@
 """How far from the truth are low-precision scores? ``python bench/fidelity.py --queries N --json OUT``
 
 The truth: each pair alone, unpadded, plain transformers in fp32. Against it, over the same token ids: fastscore in
-fp32 and bf16, and padded batches of four in bf16, once with the cross entropy in bf16 as the reference system computes
-it and once with the logits upcast to fp32. Results are written after every few queries.
+fp32, in bf16 as it runs by default (residual stream in fp32), with the residual stream in bf16, with the model's own
+layers, and in int8 where torchao is installed; and padded batches of four in bf16, once with the cross entropy in bf16
+as the reference system computes it and once with the logits upcast to fp32. Results are written after every few
+queries.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,17 @@ sys.path.append(str(ROOT / "tests"))  # the tests' own truth, which uses nothing
 from truth import alone
 
 FAST_FP32, FAST_BF16 = "fastscore fp32 packed", "fastscore bf16 packed"
+FAST_NARROW, FAST_MODEL, FAST_INT8 = "fastscore bf16, residual bf16", "fastscore bf16, model's layers", "fastscore int8"
 PADDED_BF16, PADDED_UPCAST = "padded bf16", "padded bf16, fp32 logits"
-CONTENDERS = (FAST_FP32, FAST_BF16, PADDED_BF16, PADDED_UPCAST)
+OURS: dict[str, dict[str, Any]] = {
+    FAST_FP32: {"dtype": "fp32"},
+    FAST_BF16: {"dtype": "bf16"},
+    FAST_NARROW: {"dtype": "bf16", "residual": "model"},
+    FAST_MODEL: {"dtype": "bf16", "forward": "model"},
+    FAST_INT8: {"dtype": "bf16", "quantize": "int8"},
+}
+"""Options of :class:`fastscore.Scorer` by contender."""
+PEERS = (PADDED_BF16, PADDED_UPCAST)
 BLOCK_QUERIES = 4
 
 
@@ -103,11 +115,11 @@ def excess(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 def measure(model: str, workload: Workload, save: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
     """Score block after block; ``save`` is given the results so far after each. The last ones come back."""
-    scorers = {name: Scorer(model, dtype=dtype) for name, dtype in ((FAST_FP32, "fp32"), (FAST_BF16, "bf16"))}
+    scorers = {name: Scorer(model, **options) for name, options in OURS.items() if takes_part(options)}
     folder = scorers[FAST_FP32].model_path
     device = scorers[FAST_BF16].load().device
     padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
-    distances = {name: Distance() for name in CONTENDERS}
+    distances = {name: Distance() for name in (*scorers, *PEERS)}
     results: dict[str, Any] = {}
     for first in range(0, len(workload.queries), BLOCK_QUERIES):
         block = workload.queries[first : first + BLOCK_QUERIES]
@@ -125,6 +137,11 @@ def measure(model: str, workload: Workload, save: Callable[[dict[str, Any]], Non
         save(results)
         print(f"{first + len(block)} of {len(workload.queries)} queries", flush=True)
     return results
+
+
+def takes_part(options: Mapping[str, Any]) -> bool:
+    """Whether what the options ask for is installed."""
+    return "quantize" not in options or find_spec("torchao") is not None
 
 
 def show(results: Mapping[str, Any]) -> str:
@@ -155,8 +172,11 @@ def _results(distances: Mapping[str, Distance], scorer: Scorer, workload: Worklo
         "attention": scorer.describe()["attention"],
         "contenders": {name: distance.summary() for name, distance in distances.items()},
         "bf16_packed_minus": {
-            peer: excess(ours, distances[peer].query_differences) for peer in (PADDED_BF16, PADDED_UPCAST)
+            name: excess(ours, distance.query_differences)
+            for name, distance in distances.items()
+            if name not in (FAST_FP32, FAST_BF16)
         },
+        "forward": scorer.describe()["forward"],
     }
 
 

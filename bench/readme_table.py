@@ -8,20 +8,19 @@ name below, from its files alone, and says on what they were measured. Where a f
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from compare import LIMIT
 from contenders import NO_TREE, OURS, PADDED, TUNED
 from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
+from readme_numerics import fidelity, invariance
+from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
 README = ROOT / "README.md"
@@ -44,17 +43,17 @@ MEANING = {
 
 def end_to_end(folder: Path) -> str:
     """All contenders on one file, with the limit."""
-    report = _read(folder, END_TO_END)
+    report = read_result(folder, END_TO_END)
     if report is None:
         return "Against its peers, fastscore has not been measured yet (`python bench/end_to_end.py`)."
     task, where = report["workload"], report["environment"]
     command = f"python bench/end_to_end.py --queries {task['queries']} --rounds {report['rounds']}"
     lines = [
-        _wrapped(
-            f"**Against other ways.** `{command}`: {task['queries']} queries of {_file_name(task)}, {task['pairs']:,} "
-            f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {_machine(where)}. "
+        wrapped(
+            f"**Against other ways.** `{command}`: {task['queries']} queries of {file_name(task)}, {task['pairs']:,} "
+            f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {machine(where)}. "
             f"Contenders by turns on the same token ids; medians of {report['rounds']} rounds, in brackets the lowest "
-            f"and highest ratio of a round ({_link(END_TO_END)}):"
+            f"and highest ratio of a round ({link(END_TO_END)}):"
         ),
         "",
         "| | seconds | tokens/s | times fastscore's time | of the GEMM rate | mean distance from fastscore, nats |",
@@ -68,14 +67,14 @@ def end_to_end(folder: Path) -> str:
             continue
         lines.append(
             f"| {MEANING.get(name, name)} | {values['median_seconds']:.1f} | {values['pair_tokens_per_s']:,.0f} | "
-            f"{_ratio(values)} | {values['useful_flop_efficiency']:.0%} | {distance} |"
+            f"{ratio(values)} | {values['useful_flop_efficiency']:.0%} | {distance} |"
         )
     limit, ours = report["limit_seconds"], report["contenders"][OURS]
     lines += [
         f"| {MEANING[LIMIT]} | {limit:.1f} | {report['pair_tokens'] / limit:,.0f} | "
         f"{limit / ours['median_seconds']:.2f} | 100% | |",
         "",
-        _wrapped(
+        wrapped(
             '"Of the GEMM rate" is useful work over time and the rate of the model\'s own matrix products, '
             f"{report['gemm_tflops_per_s'] * 1e3:,.0f} GFLOP/s in this run ([bench/](bench/README.md))."
         ),
@@ -89,17 +88,17 @@ def end_to_end(folder: Path) -> str:
 
 def costs(folder: Path) -> str:
     """Start-up, and how cost and memory grow."""
-    start, growth = _read(folder, STARTUP), _read(folder, LINEAR)
+    start, growth = read_result(folder, STARTUP), read_result(folder, LINEAR)
     lines = []
     if start is None:
         lines.append("Start-up has not been measured yet (`python bench/startup.py`).")
     else:
         median = start["median_seconds"]
         lines.append(
-            _wrapped(
+            wrapped(
                 "**Start.** `python bench/startup.py`: from the start of Python to the first score "
                 f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, `fastscore --help` "
-                f"{median[HELP]:.2f} s; {_machine(start['environment'])} ({_link(STARTUP)})."
+                f"{median[HELP]:.2f} s; {machine(start['environment'])} ({link(STARTUP)})."
             )
         )
     lines.append("")
@@ -108,9 +107,9 @@ def costs(folder: Path) -> str:
     else:
         begun = statistics.median(growth["start_seconds"])
         lines += [
-            _wrapped(
+            wrapped(
                 f"**Growth.** `python bench/linear.py`: `fastscore score` from file to file with {growth['model']}; "
-                f"{_machine(growth['environment'])} ({_link(LINEAR)}). The start, {begun:.1f} s, is taken off the "
+                f"{machine(growth['environment'])} ({link(LINEAR)}). The start, {begun:.1f} s, is taken off the "
                 "time per pair:"
             ),
             "",
@@ -127,38 +126,41 @@ def costs(folder: Path) -> str:
 
 def sharing(folder: Path) -> str:
     """What the prefix tree brings."""
-    report = _read(folder, SHARING)
+    report = read_result(folder, SHARING)
     if report is None:
         return "What sharing brings has not been measured yet (`python bench/prefix_sharing.py`)."
     tasks = [file["workload"] for file in report["files"]]
     lines = [
-        _wrapped(
-            f"**What sharing brings.** `python bench/prefix_sharing.py --rounds {report['rounds']}`: "
-            f"{report['model']}; {_machine(report['environment'])}; {' and '.join(map(_amount, tasks))}. By turns; "
+        wrapped(
+            f"**What sharing brings.** `python bench/prefix_sharing.py --queries {tasks[0]['queries']} --questions "
+            f"{tasks[1]['queries']} --rounds {report['rounds']}`: "
+            f"{report['model']}; {machine(report['environment'])}; {' and '.join(map(amount, tasks))}. By turns; "
             f"medians of {report['rounds']} rounds as multiples of fastscore's, in brackets the lowest and highest "
-            f"ratio of a round ({_link(SHARING)}):"
+            f"ratio of a round ({link(SHARING)}):"
         ),
         "",
-        f"| | {' | '.join(map(_file_name, tasks))} |",
+        f"| | {' | '.join(map(file_name, tasks))} |",
         "| --- |" + " --- |" * len(tasks),
     ]
+    shared = [f"{f['sharing_factor']:.2f} (whole file {f['whole_file_sharing_factor']:.2f})" for f in report["files"]]
+    lines.append(f"| tokens over distinct prefixes | {' | '.join(shared)} |")
     for name in report["files"][0]["contenders"]:
-        times = [_ratio(file["contenders"][name]) for file in report["files"]]
+        times = [ratio(file["contenders"][name]) for file in report["files"]]
         lines.append(f"| {MEANING.get(name, name)} | {' | '.join(times)} |")
     return "\n".join(lines)
 
 
 def gpu(folder: Path) -> str:
     """Shapes of large models on one GPU."""
-    report = _read(folder, GPU)
+    report = read_result(folder, GPU)
     if report is None:
         return "Not yet measured on a GPU."
     setting = report["setting"]
     lines = [
-        _wrapped(
+        wrapped(
             f"**On a GPU.** `python bench/gpu_end_to_end.py`: random weights in {setting['dtype']}, about "
-            f"{setting['tokens']:,} tokens in each cell; {_machine(report['environment'])}. By turns; medians as "
-            f"multiples of fastscore's time, and after them the share of the GEMM rate ({_link(GPU)}):"
+            f"{setting['tokens']:,} tokens in each cell; {machine(report['environment'])}. By turns; medians as "
+            f"multiples of fastscore's time, and after them the share of the GEMM rate ({link(GPU)}):"
         ),
         "",
         f"| model, passage + answer tokens | {OURS}, seconds | {PADDED} | {TUNED} |",
@@ -171,7 +173,7 @@ def gpu(folder: Path) -> str:
             continue
         found = cell["contenders"]
         share = {each: f"{values.get('useful_flop_efficiency', 0):.0%}" for each, values in found.items()}
-        peers = [f"{_ratio(found[peer])}, {share[peer]}" for peer in (PADDED, TUNED)]
+        peers = [f"{ratio(found[peer])}, {share[peer]}" for peer in (PADDED, TUNED)]
         lines.append(f"| {name} | {found[OURS]['median_seconds']:.3f}, {share[OURS]} | {' | '.join(peers)} |")
     return "\n".join(lines)
 
@@ -180,6 +182,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "end to end": end_to_end,
     "costs": costs,
     "sharing": sharing,
+    "fidelity": fidelity,
+    "invariance": invariance,
     "gpu": gpu,
 }
 
@@ -197,50 +201,6 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
         made = f"{begin}\n{section(folder)}\n{end}"
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, made=made: made, text, flags=re.DOTALL)
     return text
-
-
-def _read(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _machine(where: Mapping[str, Any]) -> str:
-    """What it was measured on."""
-    versions = where["versions"]
-    device = where["gpus"][0]["name"] if where["gpus"] else f"{where['cpu']}, {where['threads']} threads"
-    # One that waits for its threads is counted, too: less than one process for each core is a machine at rest.
-    busy = f", load average {where['load_average']:.1f} at the beginning" if "load_average" in where else ""
-    commit = where["commit"][:10] + (" with changes" if where["dirty"] else "")
-    return (
-        f"{device}{busy}, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}, "
-        f"{where['date'][:10]}"
-    )
-
-
-def _file_name(task: Mapping[str, Any]) -> str:
-    return task["source"].replace("nq_qa.jsonl", "Natural Questions").replace("logiqa_mc.jsonl", "LogiQA")
-
-
-def _amount(task: Mapping[str, Any]) -> str:
-    return f"{task['queries']} queries of {_file_name(task)} ({task['pairs']} pairs)"
-
-
-def _ratio(values: Mapping[str, Any]) -> str:
-    """How many times fastscore's time, by medians and (from, to) by rounds."""
-    if "times_fastscore" not in values:
-        return "not timed: its scores differ"
-    by_round = values["times_fastscore_by_round"]
-    if min(by_round) == max(by_round) == 1:
-        return "1"
-    return f"{values['times_fastscore']:.3g} ({min(by_round):.3g}-{max(by_round):.3g})"
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _link(name: str) -> str:
-    return f"[{name}](bench/results/{name})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

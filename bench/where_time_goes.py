@@ -78,7 +78,7 @@ def put_clocks(scorer: Scorer, clock: Clock) -> None:
         if hasattr(operators, step):
             setattr(operators, step, clock.around(step, getattr(operators, step)))
     model.forward = replace(model.forward, attend=clock.around("attend", model.forward.attend))
-    AnswerHead._flush = clock.around("head", AnswerHead._flush)  # type: ignore[method-assign]
+    AnswerHead.flush = clock.around("head", AnswerHead.flush)  # type: ignore[method-assign]
 
 
 def measure(model: str, dtype: str, num_queries: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastscore.config import ScoreConfig
 from fastscore.rows import read_rows
 from fastscore.types import InputError, Row
 
@@ -102,22 +103,36 @@ def shown_table(rows: list[Scored], narrow: bool) -> Table:
     return table
 
 
-def model_line(path: Path) -> str:
-    """What the run's own description says of the model, if it lies beside the file."""
+def read_meta(path: Path) -> dict[str, Any]:
+    """The run's own description, if it lies beside the file."""
     meta = path.with_name(f"{path.name}.meta.json")
-    if not meta.is_file():
+    return json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+
+
+def model_line(meta: dict[str, Any]) -> str:
+    if not meta:
         return ""
-    scorer: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["scorer"]
-    return ", ".join(str(scorer[name]) for name in ("model", "dtype", "device", "mode")) + "\n"
+    return ", ".join(str(meta["scorer"][name]) for name in ("model", "dtype", "device", "mode")) + "\n"
+
+
+def scores_line(meta: dict[str, Any]) -> str:
+    """What the scores are, which is not always the mean log-probability."""
+    usual = ScoreConfig()
+    asked = meta.get("task", {}).get("score", {})
+    other = [f"{name} {value}" for name, value in asked.items() if value != getattr(usual, name) and name != "keep_raw"]
+    if other:
+        return f"Scores with {', '.join(other)}: higher is better."
+    return "Mean log-probability of the answer's tokens, in nats: at most 0, higher is better."
 
 
 def show(path: Path, console: Console) -> None:
     rows = [parse(row) for row in read_rows(path)]
     ranked = [row for row in rows if row.ranked]
     console.print(Text(f"\n{path}", "bold"), soft_wrap=True)
-    console.print(Text(model_line(path), "dim"))
+    meta = read_meta(path)
+    console.print(Text(model_line(meta), "dim"))
     console.print(shown_table(rows, console.width < NARROW))
-    said = "Mean log-probability of the answer's tokens, in nats: at most 0, higher is better."
+    said = scores_line(meta)
     if ranked:
         won = sum(row.won for row in ranked)
         said += f" [Brackets]: candidates that should win. One of them is best in {won} of {len(ranked)} rows."

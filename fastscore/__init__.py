@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["AnswerScore", "InputError", "Scorer", "__version__"]
+__all__ = ["AnswerScore", "InputError", "ScoreConfig", "Scorer", "__version__"]
 
 if TYPE_CHECKING:
+    from fastscore.config import ScoreConfig
     from fastscore.scorer import Scorer
     from fastscore.types import AnswerScore, InputError
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from fastscore import types
 
         return getattr(types, name)
+    if name == "ScoreConfig":
+        from fastscore.config import ScoreConfig
+
+        return ScoreConfig
     raise AttributeError(f"module 'fastscore' has no attribute {name!r}")

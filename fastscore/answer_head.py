@@ -5,6 +5,8 @@ Shapes: A hidden rows, J targets per row, D hidden size, Q answer slots.
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import torch
 from fastscore_kernels.answer_nll import answer_nll
@@ -21,21 +23,33 @@ MAX_TARGETS = 8
 
 
 class SlotScores:
-    """NLL in nats (fp32) of every slot, and whether its target is the model's own first choice; on their way here."""
+    """NLL in nats (fp32) of every slot, and whether its target is the model's own first choice.
 
-    def __init__(self, num_slots: int, slots: list[Ints], nll: list[torch.Tensor], greedy: list[torch.Tensor]) -> None:
-        self._num_slots = num_slots
-        self._slots = slots
-        self._copy = HostCopy([torch.cat(nll), torch.cat(greedy)]) if nll else None
+    They are on their way here, one call of the head after another.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.nll_Q = np.full(num_slots, np.nan, dtype=np.float32)
+        self.greedy_Q = np.zeros(num_slots, dtype=bool)
+        self._coming: deque[tuple[Ints, HostCopy]] = deque()
+
+    def send(self, slot_Q: Ints, nll_Q: torch.Tensor, greedy_Q: torch.Tensor) -> None:
+        """Start a call's values on their way."""
+        self._coming.append((slot_Q, HostCopy([nll_Q, greedy_Q])))
+
+    def take(self, wait: bool = False) -> Ints | None:
+        """The slots of the next call when its values are here, or with ``wait`` as soon as they are; else None."""
+        if not self._coming or not (wait or self._coming[0][1].arrived()):
+            return None
+        slot_Q, copy = self._coming.popleft()
+        self.nll_Q[slot_Q], self.greedy_Q[slot_Q] = copy.wait()
+        return slot_Q
 
     def wait(self) -> tuple[np.ndarray, np.ndarray]:
         """Both arrays, as soon as the device is done."""
-        nll_Q = np.full(self._num_slots, np.nan, dtype=np.float32)
-        greedy_Q = np.zeros(self._num_slots, dtype=bool)
-        if self._copy is not None:
-            slots = np.concatenate(self._slots)
-            nll_Q[slots], greedy_Q[slots] = self._copy.wait()
-        return nll_Q, greedy_Q
+        while self.take(wait=True) is not None:
+            pass
+        return self.nll_Q, self.greedy_Q
 
 
 class AnswerHead:
@@ -48,33 +62,28 @@ class AnswerHead:
         self._hidden: list[torch.Tensor] = []
         self._slot_row: list[Ints] = []
         self._target: list[Ints] = []
-        self._num_rows = 0
         self._slots: list[Ints] = []
-        self._nll: list[torch.Tensor] = []
-        self._greedy: list[torch.Tensor] = []
-        self._num_slots = num_slots
+        self.num_rows = 0
+        """Rows that wait for the next call."""
+        self.scores = SlotScores(num_slots)
 
     def add(self, batch: Batch, hidden_AD: torch.Tensor) -> None:
         """``hidden_AD`` are the states of the batch's ``answer_row_A``."""
         self._hidden.append(hidden_AD)
-        self._slot_row.append(batch.slot_row_Q + self._num_rows)
+        self._slot_row.append(batch.slot_row_Q + self.num_rows)
         self._target.append(batch.target_Q)
         self._slots.append(batch.slot_Q)
-        self._num_rows += len(hidden_AD)
-        if self._num_rows >= ROWS_PER_CALL:
-            self._flush()
+        self.num_rows += len(hidden_AD)
+        if self.num_rows >= ROWS_PER_CALL:
+            self.flush()
 
-    def finish(self) -> SlotScores:
-        """Compute what is left and send everything on its way to the host."""
-        self._flush()
-        return SlotScores(self._num_slots, self._slots, self._nll, self._greedy)
-
-    def _flush(self) -> None:
-        if not self._num_rows:
+    def flush(self) -> None:
+        """Compute what is left and send it on its way to the host."""
+        if not self.num_rows:
             return
         hidden_AD = torch.cat(self._hidden)
-        row_Q, target_Q = np.concatenate(self._slot_row), np.concatenate(self._target)
-        self._hidden, self._slot_row, self._target, self._num_rows = [], [], [], 0
+        row_Q, target_Q, slot_Q = (np.concatenate(part) for part in (self._slot_row, self._target, self._slots))
+        self._hidden, self._slot_row, self._target, self._slots, self.num_rows = [], [], [], [], 0
 
         # Rows ascend, so a slot's rank among those of its row is its distance from the first of them.
         rank_Q = np.arange(len(row_Q)) - np.searchsorted(row_Q, row_Q)
@@ -88,8 +97,8 @@ class AnswerHead:
         if target_AJ.shape != (len(hidden_AD), 1):
             hidden_AD = hidden_AD[to_device(torch.from_numpy(row_Q[first_Q]), device)]
         nll_AJ, top1_A = self._answer_nll(hidden_AD, to_device(torch.from_numpy(target_AJ), device))
-        self._nll.append(nll_AJ[line, column])
-        self._greedy.append(top1_A[line] == to_device(torch.from_numpy(target_Q), device))
+        greedy_Q = top1_A[line] == to_device(torch.from_numpy(target_Q), device)
+        self.scores.send(slot_Q, nll_AJ[line, column], greedy_Q)
 
     def _answer_nll(self, hidden_AD: torch.Tensor, target_AJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._fixed_rows:

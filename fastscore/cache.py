@@ -17,9 +17,11 @@ import gc
 import json
 import logging
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +48,7 @@ logger = logging.getLogger("fastscore")
 
 INDEX_AT_ONCE = 1 << 17
 """Entries that are indexed in memory before they are added to the index together: about 20 MB."""
+_GET_AT_ONCE = 8192
 _PER_QUERY = 500
 """Values in one query, the number at which look-ups were fastest; SQLite before 3.32 takes 999."""
 
@@ -58,7 +61,7 @@ T = TypeVar("T")
 class ScoreCache:
     """The scores of one model, in a file that may hold those of many.
 
-    For one thread; any number of processes of one machine may share the file. :meth:`keys` once for a window's
+    Any number of threads, and of processes of one machine, may share the file. :meth:`keys` once for a window's
     requests, :meth:`get` for what is known of them, :meth:`put` for what has been computed, as soon as it has been:
     when it returns, the scores outlive the process. Of scores that are put twice, by two processes, one is kept.
 
@@ -73,6 +76,7 @@ class ScoreCache:
         self._fingerprint = identity.fingerprint()
         self._about = json.dumps(identity.about(), sort_keys=True)
         self._warned = False
+        self._lock = threading.Lock()
         self._open()
 
     def _open(self) -> None:
@@ -87,8 +91,12 @@ class ScoreCache:
 
     def get(self, key_R2: Ints) -> list[AnswerScore | None]:
         """The scores under those keys, None where there is none."""
-        with _no_collection():
-            return self._with_whole_file(lambda: self._get(key_R2))
+        scores: list[AnswerScore | None] = []
+        for first in range(0, len(key_R2), _GET_AT_ONCE):  # so that a thread that puts need not wait for all of it
+            some_R2 = key_R2[first : first + _GET_AT_ONCE]
+            with _no_collection():
+                scores += self._with_whole_file(partial(self._get, some_R2))
+        return scores
 
     def put(self, key_R2: Ints, logprob_A: Floats, length_R: Ints, is_greedy_R: Bools) -> None:
         """Keep scores: the log-probabilities of each answer's tokens, one answer after another, and their number.
@@ -103,7 +111,8 @@ class ScoreCache:
 
     def close(self) -> None:
         """Let go of the file; everything in it has been written before."""
-        self._connection.close()
+        with self._lock:
+            self._connection.close()
 
     def __enter__(self) -> ScoreCache:
         return self
@@ -115,6 +124,10 @@ class ScoreCache:
 
     def _with_whole_file(self, work: Callable[[], T]) -> T:
         """Work on the file of that name; when it turns out to be damaged, on a new one in its place."""
+        with self._lock:
+            return self._with_whole_file_alone(work)
+
+    def _with_whole_file_alone(self, work: Callable[[], T]) -> T:
         if identity_of(self.path) != self._file:
             logger.warning("%s was moved or removed; going on with the file that is there now, or a new one", self.path)
             self._connection.close()

@@ -18,6 +18,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -37,6 +38,15 @@ CACHE_SIZE = "cache_size=-262144"
 written over and over (a third fewer look-ups and inserts a second)."""
 
 Identity = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheAt:
+    """Where scores are kept. One that was asked for must be usable; one that is there by default need not."""
+
+    path: Path
+    is_asked_for: bool = True
+
 
 SCHEMA = (
     "CREATE TABLE models (id INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL UNIQUE, about TEXT NOT NULL)",
@@ -97,6 +107,22 @@ def open_cache(path: Path) -> tuple[sqlite3.Connection, Identity]:
     return connection, found
 
 
+def check_cache(path: Path) -> None:
+    """See before a long run whether a cache can be opened or made; nothing is made or set aside.
+
+    Raises:
+        InputError: nothing can be kept under that name.
+        OSError: the disk is failing.
+    """
+    _check_place(path)
+    if not path.exists():
+        if not os.access(path.parent, os.W_OK):
+            raise InputError("cannot be written: no right to, or on a read-only disk", path=str(path))
+    elif path.stat().st_size:
+        with suppress(DamagedCache):  # it is set aside when its turn comes
+            _open_sound(path, create=False).close()
+
+
 def open_existing(path: Path) -> sqlite3.Connection:
     """Open a cache that is there, and leave it as it is if it can't be used.
 
@@ -115,7 +141,8 @@ def open_existing(path: Path) -> sqlite3.Connection:
 
 def _open_sound(path: Path, create: bool = True) -> sqlite3.Connection:
     with sqlite_errors(path):
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        # Whoever uses it from several threads sees to it that one waits for the other.
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         with sqlite_errors(path):
             _prepare(connection, path, create)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastscore import cli_definitions as definition
 from fastscore import cli_options as opt
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS
 
@@ -53,6 +54,16 @@ def bench(
     combine: opt.CombineHow = "max",
     seed: opt.Seed = 0,
     key_max_length: opt.KeyMaxLength = 512,
+    chat_template: opt.ChatTemplate = False,
+    system_prompt: opt.SystemPrompt = None,
+    max_length: opt.MaxLength = None,
+    target: definition.TargetText = "answer",
+    reduce: definition.ReduceHow = "mean",
+    baseline: definition.BaselineKind = "none",
+    normalize: definition.NormalizeHow = "none",
+    temperature: definition.Temperature = 1.0,
+    append_eos: definition.AppendEos = False,
+    keep_raw: definition.KeepRaw = False,
     overflow: opt.OverflowHow = "error",
     max_batch_tokens: opt.MaxBatchTokens = None,
     window_tokens: opt.WindowTokens = DEFAULT_WINDOW_TOKENS,

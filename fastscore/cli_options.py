@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from fastscore.config import TASKS, Answers, Combine, DType, ScorerConfig, TaskConfig
+from fastscore.config import TASKS, Answers, Combine, DType, ScoreConfig, ScorerConfig, TaskConfig
 from fastscore.types import InputError
 
 FILES, MODEL, TASK, RUNNING = "Input and output", "Model", "Task", "Running"
@@ -19,14 +19,18 @@ NO_VALUE = " "
 """Flags take no value, so help shows none."""
 
 
-def _choices(literal: Any) -> str:
+def choices(literal: Any) -> str:
     *others, last = get_args(literal)
     return f"{', '.join(others)} or {last}"
 
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(metavar="INPUT", help="JSON Lines files or JSON arrays of rows, plain or gzip.", show_default=False),
+    typer.Argument(
+        metavar="INPUT",
+        help="Rows: JSON Lines or JSON arrays, plain or gzip; .parquet, .arrow or .feather; a dataset's folder.",
+        show_default=False,
+    ),
 ]
 ModelName = Annotated[
     str,
@@ -50,7 +54,7 @@ DTypeName = Annotated[
     str,
     typer.Option(
         metavar="TYPE",
-        help=f"{_choices(DType)}. auto is bf16 where the device multiplies it natively, else fp32.",
+        help=f"{choices(DType)}. auto is bf16 where the device multiplies it natively, else fp32.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -109,7 +113,8 @@ Template = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="A task of your own: fields of the row by name, {key} for the candidate, {answer} at the end, "
+        help="A task of your own: fields of the row by name, {key} for the candidate, {answer} at the end "
+        "({query} with --target query), "
         "\\n and \\t as usual. For example '{key}\\nQ: {query}\\nA: {answer}'.",
         rich_help_panel=TASK,
         show_default=False,
@@ -119,7 +124,7 @@ WhichAnswers = Annotated[
     str,
     typer.Option(
         metavar="WHICH",
-        help=f"Of a row that has several answers: {_choices(Answers)}.",
+        help=f"Of a row that has several answers: {choices(Answers)}.",
         rich_help_panel=TASK,
     ),
 ]
@@ -127,13 +132,40 @@ CombineHow = Annotated[
     str,
     typer.Option(
         metavar="HOW",
-        help=f"With --answers all, how they become one score: {_choices(Combine)}.",
+        help=f"With --answers all, how they become one score: {choices(Combine)}.",
         rich_help_panel=TASK,
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="For --answers sample.", rich_help_panel=TASK)]
 KeyMaxLength = Annotated[
     int, typer.Option(metavar="N", help="Candidates are cut to this many tokens.", rich_help_panel=TASK)
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        metavar=NO_VALUE,
+        help="Prompts go through the tokenizer's chat template, as the user's message.",
+        rich_help_panel=TASK,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="With --chat-template, a system message before it; \\n and \\t as usual.",
+        rich_help_panel=TASK,
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Task preference: prompt and answer are cut to this many tokens, as TRL's max_length does it.",
+        rich_help_panel=TASK,
+        show_default="nothing is cut",
+    ),
 ]
 OverflowHow = Annotated[
     str,
@@ -207,6 +239,19 @@ QuantizeHow = Annotated[
         show_default=False,
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Keep scores here and look them up here: a run that is started again computes only what is missing.",
+        rich_help_panel=FILES,
+        show_default="OUTPUT.cache.sqlite",
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", metavar=NO_VALUE, help="Keep no scores and look none up.", rich_help_panel=FILES),
+]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", metavar=NO_VALUE, help="Only warnings and errors.", rich_help_panel=RUNNING),
@@ -234,12 +279,14 @@ def make_configs(options: Mapping[str, Any]) -> tuple[ScorerConfig, TaskConfig]:
 
     try:
         scorer_config = ScorerConfig(**{name: options[name] for name in ScorerConfig.__slots__ if name in options})
-        fields = {name: options[name] for name in TaskConfig.__slots__}
-        if fields["template"] is not None:
-            fields["template"] = unescape(fields["template"])
-        task_config = TaskConfig(**fields)
+        score = ScoreConfig(**{name: options[name] for name in ScoreConfig.__slots__})
+        fields = {name: options[name] for name in TaskConfig.__slots__ if name != "score"}
+        for name in ("template", "system_prompt"):
+            if fields[name] is not None:
+                fields[name] = unescape(fields[name])
+        task_config = TaskConfig(**fields, score=score)
         if task_config.template is not None:
-            parse_template(task_config.template)
+            parse_template(task_config.template, target=score.target)
     except InputError:
         raise
     except ValueError as error:

@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
+from fastscore import cli_definitions as definition
 from fastscore import cli_options as opt
-from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS
+from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS, FORMATS
 
 EPILOG = """[bold]Examples[/bold]
 
   [cyan]fastscore score train.jsonl --task qa[/cyan]
 
   [cyan]fastscore score a.jsonl b.jsonl.gz -o scored.jsonl -m Qwen/Qwen3-0.6B[/cyan]
+
+  [cyan]fastscore score train.parquet --format bge -o train.scored.jsonl[/cyan]
 """
 
 
@@ -27,10 +30,29 @@ def score(
             "--output",
             "-o",
             metavar="FILE",
-            help="Write the rows of all inputs here; gzip if it ends in .gz. "
+            help="Write the rows of all inputs here: JSON Lines (gzip if it ends in .gz), "
+            ".parquet, .arrow or .feather. "
             "Without it, each input gets NAME.scored.SAVE_NAME.EXT beside it.",
             rich_help_panel=opt.FILES,
             show_default=False,
+        ),
+    ] = None,
+    output_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"What a row is written as: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
+            rich_help_panel=opt.FILES,
+        ),
+    ] = "teacher",
+    negatives: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --format sentence-transformers, negatives in each row of the table.",
+            rich_help_panel=opt.FILES,
+            show_default="as many as in the first row",
         ),
     ] = None,
     save_name: Annotated[
@@ -51,6 +73,8 @@ def score(
             rich_help_panel=opt.FILES,
         ),
     ] = "fail",
+    cache: opt.Cache = None,
+    no_cache: opt.NoCache = False,
     model: opt.ModelName = DEFAULT_MODEL,
     adapter: opt.Adapter = None,
     revision: opt.Revision = None,
@@ -67,6 +91,16 @@ def score(
     combine: opt.CombineHow = "max",
     seed: opt.Seed = 0,
     key_max_length: opt.KeyMaxLength = 512,
+    chat_template: opt.ChatTemplate = False,
+    system_prompt: opt.SystemPrompt = None,
+    max_length: opt.MaxLength = None,
+    target: definition.TargetText = "answer",
+    reduce: definition.ReduceHow = "mean",
+    baseline: definition.BaselineKind = "none",
+    normalize: definition.NormalizeHow = "none",
+    temperature: definition.Temperature = 1.0,
+    append_eos: definition.AppendEos = False,
+    keep_raw: definition.KeepRaw = False,
     overflow: opt.OverflowHow = "error",
     max_batch_tokens: opt.MaxBatchTokens = None,
     window_tokens: opt.WindowTokens = DEFAULT_WINDOW_TOKENS,
@@ -80,22 +114,30 @@ def score(
     """Score every candidate of every row: how likely does it make the answer?
 
     Writes each row with teacher_scores added: the mean log-probability of the answer's tokens given each candidate, \
-in the order pos + neg. At most 0; higher is better.
+in the order pos + neg. At most 0; higher is better. The options under "What a score is" ask for other definitions.
     """
     options = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     options["inputs"] = [str(path) for path in inputs]
     # Not before --help has been printed.
+    from fastscore.output_formats import make_format
     from fastscore.run_files import plan_jobs, run_files
     from fastscore.terminal import Terminal, exit_status
 
     def run() -> None:
         skip_bad_rows = opt.skips_bad_rows(on_error)
         scorer_config, task_config = opt.make_configs(options)
-        jobs = plan_jobs(inputs, output, file_safe(model) if save_name is None else save_name)
+        name = file_safe(model) if save_name is None else save_name
+        jobs = plan_jobs(inputs, output, name, cache=cache, no_cache=no_cache)
         terminal = Terminal(quiet)
         with terminal.live():
             tally = run_files(
-                jobs, scorer_config, task_config, reporter=terminal, skip_bad_rows=skip_bad_rows, options=options
+                jobs,
+                scorer_config,
+                task_config,
+                reporter=terminal,
+                skip_bad_rows=skip_bad_rows,
+                options=options,
+                output_format=make_format(output_format, negatives),
             )
         terminal.summary(tally, jobs)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
@@ -12,11 +13,29 @@ Residual = Literal["auto", "fp32", "model"]
 Quantize = Literal["int8", "fp8"]
 Answers = Literal["first", "all", "sample"]
 Combine = Literal["max", "mean", "logsumexp", "min"]
+Target = Literal["answer", "query"]
+Reduce = Literal["mean", "sum", "byte", "char", "none"]
+Baseline = Literal["none", "no-context"]
+Normalize = Literal["none", "softmax"]
+Format = Literal[
+    "teacher",
+    "bge",
+    "sentence-transformers",
+    "sentence-transformers-triplets",
+    "sentence-transformers-lists",
+    "pairs",
+]
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_WINDOW_TOKENS = 4_000_000
 """A usual file whole; about 300 MB of token ids and index arrays (a GPU's run holds two windows)."""
-TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices")
+TASKS = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices", "preference")
+FORMATS: tuple[str, ...] = get_args(Format)
+NO_CHAT_TEMPLATE = {
+    "lrlm": "its prompts are token ids",
+    "preference": "its conversations go through the template by themselves",
+}
+"""Tasks that the option is not for, and why."""
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -98,6 +117,44 @@ class ScorerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreConfig:
+    """What a score is (``docs/scores.md`` has the formulas, and the papers that use them).
+
+    target: the text that is scored: the ``answer`` after passage and query, or the ``query`` after the passage.
+    reduce: how its tokens' log-probabilities become one number: ``mean``, ``sum``, the sum per UTF-8 ``byte`` or per
+        ``char`` of the scored text, or ``none`` (a list of them for each candidate).
+    baseline: ``no-context`` takes off the score of the same text without the passage.
+    normalize: ``softmax`` makes a row's scores a distribution over its candidates, at ``temperature``.
+    append_eos: the tokenizer's EOS token is scored as the last one.
+    keep_raw: rows also get ``teacher_raw``: sums, and counts of tokens, bytes and characters.
+    """
+
+    target: Target = "answer"
+    reduce: Reduce = "mean"
+    baseline: Baseline = "none"
+    normalize: Normalize = "none"
+    temperature: float = 1.0
+    append_eos: bool = False
+    keep_raw: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("target", self.target, get_args(Target))
+        _check_choice("reduce", self.reduce, get_args(Reduce))
+        _check_choice("baseline", self.baseline, get_args(Baseline))
+        _check_choice("normalize", self.normalize, get_args(Normalize))
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0; found {self.temperature!r}")
+        for name in ("append_eos", "keep_raw"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; found {getattr(self, name)!r}")
+        if self.temperature != 1 and self.normalize == "none":
+            raise ValueError("temperature belongs to normalize softmax")
+        if self.reduce == "none" and (self.baseline, self.normalize) != ("none", "none"):
+            raise ValueError("reduce none gives lists of tokens: baseline and normalize need one number per answer")
+
+
+@dataclass(frozen=True, slots=True)
 class TaskConfig:
     """How a row becomes prompts and answers, and how several answers become one score.
 
@@ -105,6 +162,10 @@ class TaskConfig:
     template: a template of the user's own (see fastscore.tasks); then ``task`` must be None.
     answers: ``first``, ``all`` (then ``combine`` applies), or ``sample`` (one per row, drawn by ``seed``).
     key_max_length: candidates are cut to this many tokens.
+    chat_template: prompts go through the tokenizer's chat template, as the user's message.
+    system_prompt: a system message before it.
+    max_length: task preference: prompt and answer are cut to this many tokens at their end, as TRL does it.
+    score: what a score is.
     """
 
     task: str | None = None
@@ -113,6 +174,10 @@ class TaskConfig:
     combine: Combine = "max"
     seed: int = 0
     key_max_length: int = 512
+    chat_template: bool = False
+    system_prompt: str | None = None
+    max_length: int | None = None
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def __post_init__(self) -> None:
         if self.task is not None:
@@ -124,3 +189,20 @@ class TaskConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number; found {self.seed!r}")
         _check_positive("key_max_length", self.key_max_length)
+        if not isinstance(self.chat_template, bool):
+            raise ValueError(f"chat_template must be True or False; found {self.chat_template!r}")
+        if self.chat_template and self.task in NO_CHAT_TEMPLATE:
+            raise ValueError(f"chat_template is not for task {self.task}: {NO_CHAT_TEMPLATE[self.task]}")
+        if self.system_prompt is not None:
+            if not isinstance(self.system_prompt, str) or not self.system_prompt.strip():
+                raise ValueError(f"system_prompt must be a text; found {self.system_prompt!r}")
+            if not self.chat_template:
+                raise ValueError("system_prompt is part of a chat: it needs chat_template")
+        if self.max_length is not None:
+            _check_positive("max_length", self.max_length)
+            if self.task not in (None, "preference") or self.template is not None:
+                raise ValueError("max_length belongs to the task preference")
+        if self.answers != "first" and self.score.target == "query":
+            raise ValueError("target query scores the query: answers are not read")
+        if self.answers == "all" and self.score.reduce == "none":
+            raise ValueError("reduce none gives lists of tokens: answers all cannot be combined")

@@ -8,7 +8,6 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import fastscore
@@ -33,6 +32,7 @@ OPTIONAL = (
     Optional("flash-attn", "faster attention on CUDA", "pip install 'fastscore[flash-attn]'"),
     Optional("lm-eval", "fastscore lm-eval", "pip install 'fastscore[lm-eval]'"),
     Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
+    Optional("pyarrow", "Parquet and Arrow files", "pip install 'fastscore[tables]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 
@@ -104,11 +104,12 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from fastscore.identity import cpu_name
     from fastscore.models import native_bf16
 
     return {
         "device": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "bf16": native_bf16(torch.device("cpu")),
@@ -128,15 +129,6 @@ def _cuda(index: int) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "bf16": native_bf16(torch.device("cuda", index)),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

@@ -81,6 +81,7 @@ def estimate(
     reporter.scoring(total_pairs)
     started = time.perf_counter()
     scorer = fastscore.Scorer.from_config(scorer_config)
+    scorer.check_task(task_config)
     model = scorer.load()
     start_up = time.perf_counter() - started
 

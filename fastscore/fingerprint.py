@@ -39,7 +39,8 @@ class ScoreIdentity:
     model, adapter: the names that a person gave. Labels: a folder that is moved keeps its scores.
     weights, adapter_weights: their content, from :func:`content_identity`.
     dtype, quantization: of the weights as they are loaded; ``precision``: of the matrix products (as ``highest``).
-    mode: packed, padded or encoder-decoder; ``attention``: the provider; ``answer_nll``: what computes the NLL.
+    mode: packed, padded or encoder-decoder; ``attention``: the provider; ``answer_nll``: what computes the NLL;
+        ``forward``: whose layers run and how, the dtype of the residual stream included.
         Each is another program, which agrees with the others by a self-check within a tolerance, and not more.
     device: its type, as ``cpu``.
     trust_remote_code: code of the model's own may have run instead of transformers'.
@@ -57,6 +58,7 @@ class ScoreIdentity:
     device: str
     mode: str
     attention: str
+    forward: str
     answer_nll: str
     torch: str
     transformers: str

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 import torch
 
-from fastscore.language_model import LanguageModel, Plan
+from fastscore.interrupts import Interrupted
+from fastscore.kept_scores import Work
+from fastscore.language_model import LanguageModel
 from fastscore.launch import Launch
 from fastscore.read_ahead import ReadAhead, Stopped
 from fastscore.types import AnswerScore, Row
@@ -18,8 +21,8 @@ BATCHES_AHEAD = 2
 """Batches of the next window that the device is given before the scores of the last one are waited for."""
 
 Load = Callable[[], LanguageModel]
-Prepare = Callable[[Iterable[Row], Load], Iterator[tuple[Window, Plan]]]
-"""Rows and what gives the model: windows of the rows, each with its plan. The model is asked for after the tokens."""
+Prepare = Callable[[Iterable[Row], Load], Iterator[tuple[Window, Work]]]
+"""Rows and what gives the model: windows of the rows, each with its work. The model is asked for after the tokens."""
 
 
 def runs_beside_host(device: torch.device) -> bool:
@@ -31,16 +34,20 @@ def runs_beside_host(device: torch.device) -> bool:
 
 
 def score_in_turn(
-    rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Window, Plan], Launch]
+    rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Work], Launch]
 ) -> Generator[tuple[Window, list[AnswerScore]], None, None]:
     """Each window read, tokenised, planned and scored before the next, in the caller's thread."""
-    for window, plan in prepare(rows, load):
-        yield window, launch(window, plan).scores(window.place)
-        del window, plan  # not in memory while the next is made
+    for window, work in prepare(rows, load):
+        in_flight = [(window, launch(work))]
+        del window, work  # not in memory while the next is made
+        with _kept(in_flight):
+            scored = _scored_first(in_flight)
+        yield scored
+        del scored
 
 
 def score_beside(
-    rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Window, Plan], Launch]
+    rows: Iterable[Row], prepare: Prepare, load: Load, launch: Callable[[Work], Launch]
 ) -> Generator[tuple[Window, list[AnswerScore]], None, None]:
     """The same, with the next window prepared in a thread, and its first batches queued before scores are waited for.
 
@@ -51,7 +58,7 @@ def score_beside(
     """
     loaded: Future[LanguageModel] = Future()
 
-    def make(stopped: threading.Event) -> Iterator[tuple[Window, Plan]]:
+    def make(stopped: threading.Event) -> Iterator[tuple[Window, Work]]:
         return prepare(_until(stopped, rows), loaded.result)
 
     with ReadAhead(make) as windows:
@@ -61,23 +68,38 @@ def score_beside(
             loaded.set_exception(error)
         finally:
             loaded.cancel()  # interrupted: the thread must not wait for a model
-        before: tuple[Window, Launch] | None = None
-        for window, plan in windows:
-            launched = launch(window, plan)
-            if before is not None:
-                launched.queue(BATCHES_AHEAD)
-                yield _scored(*before)
-                before = None  # not in memory while this one runs
-            launched.queue()
-            if windows.has_next():
-                before = window, launched
-            else:  # the device has nothing to do anyway, or an error is next: what was scored comes before it
-                yield _scored(window, launched)
-            del window, plan, launched
+        in_flight: list[tuple[Window, Launch]] = []
+        with _kept(in_flight):
+            for window, work in windows:
+                in_flight.append((window, launch(work)))
+                del window, work
+                if len(in_flight) == 2:
+                    in_flight[1][1].queue(BATCHES_AHEAD)
+                    yield _scored_first(in_flight)
+                in_flight[0][1].queue()
+                # Otherwise the device has nothing to do anyway, or an error is next: what was scored comes before it.
+                if not windows.has_next():
+                    yield _scored_first(in_flight)
 
 
-def _scored(window: Window, launched: Launch) -> tuple[Window, list[AnswerScore]]:
-    return window, launched.scores(window.place)
+def _scored_first(in_flight: list[tuple[Window, Launch]]) -> tuple[Window, list[AnswerScore]]:
+    """Wait for the first; then it is no longer in flight, nor in memory."""
+    window, launched = in_flight[0]
+    scores = launched.scores(window.place)
+    del in_flight[0]
+    return window, scores
+
+
+@contextmanager
+def _kept(in_flight: list[tuple[Window, Launch]]) -> Iterator[None]:
+    """What is in flight when the block is left early, by a signal or because nobody wants more, goes into the cache."""
+    try:
+        yield
+    except (Interrupted, GeneratorExit) as stop:
+        if not (isinstance(stop, Interrupted) and stop.at_once):
+            for _, launched in in_flight:
+                launched.keep()
+        raise
 
 
 def _until(stopped: threading.Event, rows: Iterable[Row]) -> Iterator[Row]:

@@ -15,47 +15,59 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
+from fastscore.dataset_folder import JSON_SUFFIXES, dataset_files
 from fastscore.json_stream import Record, iter_records, open_stream
-from fastscore.types import InputError, Row
+from fastscore.table_rows import read_table
+from fastscore.types import InputError, Row, is_table
 
 OnError = Callable[[InputError, "str | None"], None]
 _File = TypeVar("_File", bound="WholeFile")
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def read_rows(path: str | Path, on_error: OnError | None = None) -> Iterator[Row]:
-    """The rows of a JSON Lines file or a JSON array, plain or gzip, one at a time.
+    """The rows of a file, or of a dataset's folder (:func:`fastscore.dataset_folder.dataset_files`), one at a time.
 
-    Memory depends on the largest record, not on the file. ``on_error`` gets each bad record (the error and the
-    record's text) and reading goes on; without it the first bad record raises.
+    A file is a table where its name says so (:func:`fastscore.table_rows.read_table`), otherwise JSON Lines or a
+    JSON array, plain or gzip. Memory depends on the largest record, not on the file. ``on_error`` gets each bad
+    record (the error and, of JSON, the record's text) and reading goes on; without it the first bad record raises.
 
     Raises:
         InputError: a bad record, or a fault of the whole file: unreadable, truncated, an array that does not close,
             no rows at all.
     """
-    name = str(path)
     num_records = 0
+
+    def count(error: InputError, text: str | None) -> None:
+        nonlocal num_records
+        num_records += 1
+        if on_error is None:
+            raise error
+        on_error(error, text)
+
+    for file in dataset_files(path) if os.path.isdir(path) else [path]:
+        for row in (read_table if is_table(file) else _read_json)(file, count):
+            num_records += 1
+            yield row
+    if num_records == 0:
+        raise InputError(f"no rows: the {'folder' if os.path.isdir(path) else 'file'} holds no record", path=str(path))
+
+
+def _read_json(path: str | Path, on_error: OnError) -> Iterator[Row]:
+    name = str(path)
     try:
         with open_stream(path) as stream:
             for record in iter_records(stream):
-                num_records += 1
                 try:
                     row = Row(_parse(record), name, record.line)
                 except InputError as error:
-                    located = error.at(path=name, line=record.line)
-                    if on_error is None:
-                        raise located from error
-                    on_error(located, record.text.decode("utf-8", "backslashreplace"))
+                    on_error(error.at(path=name, line=record.line), record.text.decode("utf-8", "backslashreplace"))
                 else:
                     yield row
     except InputError as error:
         raise error.at(path=name) from error
-    if num_records == 0:
-        raise InputError("no rows: the file holds no record", path=name)
 
 
 def _parse(record: Record) -> dict[str, Any]:
@@ -201,16 +213,20 @@ class WholeFile:
 
 
 class RowWriter(WholeFile):
-    """A whole file of JSON Lines."""
+    """A whole file of JSON Lines. ``default`` stands in for values that JSON can't hold; without it they raise."""
+
+    def __init__(self, path: str | Path, default: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(path)
+        self._encode = json.JSONEncoder(ensure_ascii=False, default=default).encode
 
     def write(self, data: Mapping[str, Any]) -> None:
         """Add one row.
 
         Raises:
-            InputError: a text that UTF-8 can't hold.
+            InputError: a text that UTF-8 can't hold, or a value that JSON can't.
         """
         try:
-            line = _encode(dict(data)).encode("utf-8")
+            line = self._encode(dict(data)).encode("utf-8")
         except UnicodeEncodeError:
             try:
                 _check_encodable(data)
@@ -219,11 +235,15 @@ class RowWriter(WholeFile):
             raise
         except RecursionError as error:
             raise self._error("brackets are nested too deeply") from error
+        except TypeError as error:
+            raise self._error(f"JSON can't hold a value: {error}") from error
         self.write_bytes(line + b"\n")
 
 
 def scored_path(input_path: str | Path, save_name: str) -> Path:
     """The reference system's name for a scored file: ``DIR/NAME.scored.SAVE_NAME.EXT`` beside the input.
+
+    Of a folder, EXT is ``parquet`` where it holds tables, otherwise ``jsonl``.
 
     Raises:
         InputError: ``save_name`` is more than a part of a file name.
@@ -233,20 +253,31 @@ def scored_path(input_path: str | Path, save_name: str) -> Path:
             f"expected a part of a file name (no path, no control characters), found {save_name!r}", field="save_name"
         )
     path = Path(input_path)
+    if is_folder := path.is_dir():
+        path = Path(os.path.abspath(path)) if path.name in ("", "..") else path
     if not path.name:
         raise InputError("expected a file", path=str(input_path))
+    if is_folder:
+        suffix = ".parquet" if any(map(is_table, dataset_files(path))) else ".jsonl"
+        return path.with_name(f"{path.name}.scored.{save_name}{suffix}")
     stem, suffix = path.stem, path.suffix
-    if suffix == ".gz" and Path(stem).suffix in _JSON_SUFFIXES:
+    if suffix == ".gz" and Path(stem).suffix in JSON_SUFFIXES:
         stem, suffix = Path(stem).stem, Path(stem).suffix + suffix
     return path.with_name(f"{stem}.scored.{save_name}{suffix}")
 
 
-def refuse_same_file(output: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise InputError when the output is one of the inputs, also under another name or through a link."""
+def refuse_same_file(
+    output: str | Path, inputs: Iterable[str | Path], complaint: str = "the output would replace the input"
+) -> None:
+    """Raise InputError when the output is one of the inputs, also under another name or through a link, or in one."""
     for path in inputs:
+        inside = False
         try:
+            inside = os.path.isdir(path) and Path(os.path.realpath(path)) in Path(os.path.realpath(output)).parents
             same = os.path.samefile(output, path)
         except (OSError, ValueError):  # one of them is not there: reading or writing it says so
             same = os.path.abspath(output) == os.path.abspath(path)
+        if inside:
+            raise InputError(f"the output would lie in the input {path}", path=str(output))
         if same:
-            raise InputError(f"the output would replace the input {path}", path=str(output))
+            raise InputError(f"{complaint} {path}", path=str(output))

@@ -67,7 +67,8 @@ def _run(arguments: list[str]) -> None:
         if args.load_score:
             collate_scores(eval_data, args.save_name)(*load_scores(eval_data, args.save_name))
             return
-        jobs = plan_jobs([Path(eval_data)], None, args.save_name)
+        cache = None if args.cache is None else Path(args.cache)
+        jobs = plan_jobs([Path(eval_data)], None, args.save_name, cache=cache, no_cache=args.no_cache)
         tally = run_files(
             jobs,
             _scorer_config(args),
@@ -169,6 +170,8 @@ def _parser() -> _Parser:
     add("model_cache_dir", "where models from the hub are kept", metavar="FOLDER")
     add("trust_remote_code", "run Python code that comes with the model (fastscore's own)", default=False, **boolean)
     add("allow_pickle", "load weights that are pickles, .bin (fastscore's own)", default=False, **boolean)
+    add("cache", "keep scores here (fastscore's own; default: beside the output)", metavar="FILE")
+    add("no_cache", "keep no scores (fastscore's own)", default=False, **boolean)
     for name in WITHOUT_MEANING:
         if name in ("add_position_ids", "add_llama_inst", "filter_answers"):
             add(name, "", **boolean)

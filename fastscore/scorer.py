@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cached_property
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from fastscore_kernels.answer_nll import answer_nll_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import teacher_scores
+from fastscore.aggregate import scored_rows
+from fastscore.cache_file import CacheAt
+from fastscore.chat import check_chat_template
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -25,13 +24,17 @@ from fastscore.config import (
     Overflow,
     Quantize,
     Residual,
+    ScoreConfig,
     ScorerConfig,
     TaskConfig,
 )
+from fastscore.fingerprint import ScoreIdentity
 from fastscore.garbage import collection_paused
+from fastscore.identity import describe_run, score_identity
+from fastscore.kept_scores import RunCache, Work, make_work
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
-from fastscore.model_source import resolve_model
+from fastscore.model_source import ModelSource, resolve_model
 from fastscore.models import choose_device, load_config, load_model, load_tokenizer, max_context, prepare_model
 from fastscore.pipeline import runs_beside_host, score_beside, score_in_turn
 from fastscore.tasks import output_row
@@ -43,11 +46,13 @@ from fastscore.windows import OnBadRow, Window, read_windows
 class Scorer:
     """Scores answers with a language model.
 
-    Args are those of :class:`fastscore.config.ScorerConfig`. The tokenizer and the model's config are read here, so
-    that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`.
+    Args are those of :class:`fastscore.config.ScorerConfig`, and ``cache``, a file in which scores are kept and looked
+    up (see :mod:`fastscore.cache`; it is made where there is none). The tokenizer and the model's config are read
+    here, so that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`.
 
     Raises:
-        ValueError: a bad argument, or (as ``InputError``) a model that is not there.
+        ValueError: a bad argument, or (as ``InputError``) a model that is not there. What scores raises it too when the
+            cache can't be opened.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Scorer:
         overflow: Overflow = "error",
         cache_dir: str | None = None,
         device_map: str | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         self.config = ScorerConfig(
             model=model,
@@ -94,10 +100,11 @@ class Scorer:
             cache_dir=cache_dir,
             device_map=device_map,
         )
-        self._source = resolve_model(model)
+        self._source: ModelSource | None = resolve_model(model)
         with collection_paused():
             hf_config, tokenizer = (load(self._source, self.config) for load in (load_config, load_tokenizer))
         self._set_up(hf_config, tokenizer, self._source.path)
+        self._cache = self.cache_at(None if cache is None else CacheAt(Path(cache)))
 
     def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
         self.hf_config = hf_config
@@ -105,6 +112,8 @@ class Scorer:
         self.model_path = model_path
         self.stats = RunStats()
         self._spare_tokenizers: list[PairTokenizer] = []
+        self._cache = self.cache_at(None)
+        self._identity: ScoreIdentity | None = None
         self._pair_tokenizer = PairTokenizer(
             tokenizer,
             vocab_size=hf_config.get_text_config().vocab_size,
@@ -114,10 +123,10 @@ class Scorer:
         )
 
     @classmethod
-    def from_config(cls, config: ScorerConfig) -> Scorer:
+    def from_config(cls, config: ScorerConfig, cache: str | Path | None = None) -> Scorer:
         """A scorer from a frozen config."""
         options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
-        return cls(**options)
+        return cls(**options, cache=cache)
 
     @classmethod
     def from_model(
@@ -158,6 +167,7 @@ class Scorer:
             deterministic=deterministic,
             overflow=overflow,
         )
+        scorer._source = None
         scorer._set_up(model.config, tokenizer, name)
         scorer._model = prepare_model(model, scorer.config)
         return scorer
@@ -168,6 +178,7 @@ class Scorer:
 
     @cached_property
     def _model(self) -> LanguageModel:
+        assert self._source is not None, "a model in memory is loaded"
         return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
@@ -197,13 +208,14 @@ class Scorer:
         *,
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
-        """Score requests that were tokenised before, and planned where ``plan`` is given.
+        """Score requests that were tokenised before. Where ``plan`` is given they were planned too, and no cache is
+        asked.
 
         Raises:
             RuntimeError: a score that is no number.
         """
-        plan = self._model.plan(requests) if plan is None else plan
-        return Launch(self._model, plan, requests, self.stats, on_progress).scores("pair {}".format)
+        work = self._work(requests) if plan is None else Work(plan, requests)
+        return Launch(self._model, work, self.stats, on_progress).scores("pair {}".format)
 
     def score_rows(
         self,
@@ -215,18 +227,27 @@ class Scorer:
         combine: Combine = "max",
         seed: int = 0,
         key_max_length: int = 512,
+        chat_template: bool = False,
+        system_prompt: str | None = None,
+        max_length: int | None = None,
+        score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
         """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
-        ``pos + neg`` (or ``history``, or ``choices``); higher is better.
+        ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
+        Preference rows get the sums ``ref_chosen_logps`` and ``ref_rejected_logps`` instead.
 
         Raises:
             InputError: naming the row (counted from 1) and its field.
         """
-        config = TaskConfig(task, template, answers, combine, seed, key_max_length)
+        score = score or ScoreConfig()
+        config = TaskConfig(
+            task, template, answers, combine, seed, key_max_length, chat_template, system_prompt, max_length, score
+        )
         numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
-        return [output_row(scored.row, config, scored.teacher_scores) for scored in self.stream_rows(numbered, config)]
+        stream = self.stream_rows(numbered, config)
+        return [output_row(scored.row, config, scored.teacher_scores, scored.teacher_raw) for scored in stream]
 
     def stream_rows(
         self,
@@ -235,76 +256,83 @@ class Scorer:
         *,
         on_bad_row: OnBadRow | None = None,
         on_progress: Progress | None = None,
+        cache: RunCache | None = None,
     ) -> Generator[ScoredRow, None, None]:
         """Score rows as they come, a window at a time, in input order.
 
         A bad row raises, or is handed to ``on_bad_row`` and left out. On any device but a CPU, ``rows`` are read and
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
-        early).
+        early). ``cache`` takes the place of the scorer's own.
         """
+        self.check_task(task_config)
         beside = runs_beside_host(choose_device(self.config.device))
         tokenizer = self._pair_tokenizer
         if beside:  # the thread's own: this one is the user's, and its settings change from call to call
             tokenizer = self._spare_tokenizers.pop() if self._spare_tokenizers else copy.deepcopy(tokenizer)
 
-        def prepare(rows: Iterable[Row], load: Callable[[], LanguageModel]) -> Iterator[tuple[Window, Plan]]:
-            return self._prepare(rows, task_config, on_bad_row, tokenizer, load)
+        def prepare(rows: Iterable[Row], load: Callable[[], LanguageModel]) -> Iterator[tuple[Window, Work]]:
+            for window in read_windows(rows, task_config, tokenizer, self.config.window_tokens, on_bad_row):
+                load()
+                yield window, self._work(window.requests, cache)
+                del window  # not in memory while the next is read
 
-        def launch(window: Window, plan: Plan) -> Launch:
-            return Launch(self._model, plan, window.requests, self.stats, on_progress)
+        def launch(work: Work) -> Launch:
+            return Launch(self._model, work, self.stats, on_progress)
 
-        try:
-            with closing((score_beside if beside else score_in_turn)(rows, prepare, self.load, launch)) as windows:
-                for window, scores in windows:
-                    yield from _scored_rows(window, scores, task_config.combine)
-                    del window, scores  # not in memory while the next are waited for
-        finally:
+        with ExitStack() as stack:
             if beside:
-                self._spare_tokenizers.append(tokenizer)
+                stack.callback(self._spare_tokenizers.append, tokenizer)
+            score = score_beside if beside else score_in_turn
+            for window, scores in stack.enter_context(closing(score(rows, prepare, self.load, launch))):
+                yield from scored_rows(window.rows, scores, task_config)
+                del window, scores  # not in memory while the next are waited for
 
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
-        """The windows that :meth:`stream_rows` would score, and what each asks of the model. Loads the model."""
-        return self._prepare(rows, task_config, on_bad_row, self._pair_tokenizer, self.load)
+        """The windows that :meth:`stream_rows` would score without a cache, and their plans. Loads the model."""
+        self.check_task(task_config)
+        windows = read_windows(rows, task_config, self._pair_tokenizer, self.config.window_tokens, on_bad_row)
+        for window in windows:
+            yield window, self._model.plan(window.requests)
+            del window  # not in memory while the next is read
+
+    def cache_at(self, place: CacheAt | None) -> RunCache:
+        """A cache of this scorer's scores, opened when it is first used; close it. Without a place nothing is kept."""
+        return RunCache(place, self.identity)
+
+    def identity(self) -> ScoreIdentity:
+        """What scores of this scorer are known by in a cache. Loads the model, and reads its files once.
+
+        Raises:
+            InputError: the model's files can't be found or read.
+        """
+        if self._source is None:
+            raise InputError("what is in a model in memory is unknown: its scores can't be kept in a cache")
+        if self._identity is None:
+            self._identity = score_identity(self._model, self.config, self._source, self._commit)
+        return self._identity
+
+    def check_task(self, config: TaskConfig) -> None:
+        """See that the tokenizer has what the task asks for: a chat template, an EOS token. Loads no weights.
+
+        Raises:
+            InputError: it has not.
+        """
+        check_chat_template(self.tokenizer, config)
+        if config.score.append_eos:
+            self._pair_tokenizer.check_eos()
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""
-        model = self._model
-        return {
-            "model": self.config.model,
-            "model_path": self.model_path,
-            "revision": self.config.revision,
-            "commit": getattr(self.hf_config, "_commit_hash", None),
-            "adapter": self.config.adapter,
-            "architecture": type(model.model).__name__,
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "mode": model.mode,
-            "mode_reason": model.reason,
-            "forward": model.forward_name,
-            "quantize": self.config.quantize,
-            "attention": model.provider.name if model.provider is not None else "model's own",
-            "answer_nll": answer_nll_path(model.device),
-            "max_batch_tokens": model.max_batch_tokens,
-            "window_tokens": self.config.window_tokens,
-            "share_prefixes": self.config.share_prefixes,
-            "deterministic": self.config.deterministic,
-            "overflow": self.config.overflow,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
+        return describe_run(self._model, self.config, self.model_path, self._commit)
 
-    def _prepare(
-        self,
-        rows: Iterable[Row],
-        task_config: TaskConfig,
-        on_bad_row: OnBadRow | None,
-        tokenizer: PairTokenizer,
-        load: Callable[[], LanguageModel],
-    ) -> Iterator[tuple[Window, Plan]]:
-        for window in read_windows(rows, task_config, tokenizer, self.config.window_tokens, on_bad_row):
-            yield window, load().plan(window.requests)
-            del window  # not in memory while the next is read
+    @property
+    def _commit(self) -> str | None:
+        return getattr(self.hf_config, "_commit_hash", None)
+
+    def _work(self, requests: Sequence[ScoringRequest], cache: RunCache | None = None) -> Work:
+        return make_work(self._model, requests, (cache or self._cache).open())
 
     def _score_pairs(self, pairs: Sequence[Pair], on_progress: Progress | None = None) -> list[AnswerScore]:
         requests: list[ScoringRequest] = []
@@ -313,13 +341,6 @@ class Scorer:
                 raise InputError(f"pair {index}: {result}") from result
             requests.append(result)
         return self.score_requests(requests, on_progress=on_progress)
-
-
-def _scored_rows(window: Window, scores: Sequence[AnswerScore], combine: Combine) -> Iterator[ScoredRow]:
-    remaining = iter(scores)
-    for row_pairs in window.rows:
-        row_scores = tuple(islice(remaining, len(row_pairs.pairs)))
-        yield ScoredRow(row_pairs.row, teacher_scores(row_pairs, row_scores, combine), row_scores)
 
 
 def _ids(token_ids: Any) -> tuple[int, ...]:

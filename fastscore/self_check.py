@@ -37,9 +37,12 @@ def probe_requests(vocab_size: int) -> list[ScoringRequest]:
     ]
 
 
-def tolerance_for(dtype: torch.dtype) -> float:
-    """Relative difference that rounding can explain after a whole model."""
-    return 1e-3 if dtype == torch.float32 else 0.1
+def tolerance_for(model: PreTrainedModel) -> float:
+    """Relative difference that rounding can explain after a whole model. In eight bits (torchao's tensors in place of
+    plain ones) a last bit that differs can move an activation by a whole step."""
+    if any(isinstance(m, torch.nn.Linear) and type(m.weight.data) is not torch.Tensor for m in model.modules()):
+        return 0.3
+    return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
 @torch.inference_mode()
@@ -80,7 +83,7 @@ def check_forward(model: PreTrainedModel, forward: PackForward, device: torch.de
     except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
         return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
     difference = _relative(found, truth)
-    return "" if difference <= tolerance_for(model.dtype) else f"it is wrong (relative difference {difference:.1e})"
+    return "" if difference <= tolerance_for(model) else f"it is wrong (relative difference {difference:.1e})"
 
 
 @torch.inference_mode()
@@ -97,7 +100,7 @@ def check_causal(model: PreTrainedModel, device: torch.device) -> str:
         for rest in (first, other)
     )
     difference = _relative(after, before)
-    if difference <= tolerance_for(model.dtype):
+    if difference <= tolerance_for(model):
         return ""
     return (
         f"{type(model).__name__} is not a causal language model: later tokens change earlier hidden states "
@@ -111,7 +114,7 @@ def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         return "its attention does not go through transformers' attention interface"
-    tolerance = tolerance_for(model.dtype)
+    tolerance = tolerance_for(model)
     # Nothing shared here, so the longer request stands first.
     forward = ModelForward(model, attend)
     packed = _run(forward, [first, second], device, share=False)

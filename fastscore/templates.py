@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from fastscore.config import Target
 from fastscore.types import InputError
 
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _PIECE = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+")
 _NOT_IN_A_NAME = {
     ".": "attributes are not looked up",
@@ -42,6 +44,30 @@ class Template:
         fields = (field for _, field in self.pieces if field is not None and field != "key")
         return tuple(dict.fromkeys(fields))
 
+    def without_key(self) -> Template:
+        """The same template without a passage.
+
+        Lines that hold ``{key}`` and no other field go, with the blank lines after them; elsewhere ``{key}`` is empty.
+        """
+        lines: list[list[tuple[str, str | None]]] = [[]]
+        for literal, field in self.pieces:
+            for part in _LINE.findall(literal):
+                lines[-1].append((part, None))
+                if part.endswith("\n"):
+                    lines.append([])
+            if field is not None:
+                lines[-1].append(("", field))
+        *whole, last = lines  # the last one goes on with what is scored
+        kept: list[tuple[str, str | None]] = []
+        dropping = False
+        for line in whole:
+            fields = {field for _, field in line if field is not None}
+            blank = not fields and not "".join(text for text, _ in line).strip()
+            dropping = fields == {"key"} or (dropping and blank)
+            if not dropping:
+                kept += line
+        return replace(self, pieces=tuple(piece for piece in (*kept, *last) if piece[1] != "key"))
+
     def prompt(self, values: Mapping[str, str]) -> str:
         """The text before the answer."""
         return "".join(
@@ -57,10 +83,10 @@ class Template:
 
 
 @lru_cache(maxsize=32)
-def parse_template(source: str, strip: bool = False) -> Template:
+def parse_template(source: str, strip: bool = False, target: Target = "answer") -> Template:
     """Parse ``"Q: {query}\\nA: {answer}"``: ``{name}`` is a field, ``{{`` and ``}}`` are literal braces.
 
-    ``{answer}`` stands once, at the very end. ``{key}`` is the candidate.
+    ``{answer}``, or whatever the ``target`` is, stands once, at the very end. ``{key}`` is the candidate.
 
     Raises:
         InputError: with ``field="template"``: anything else.
@@ -78,11 +104,13 @@ def parse_template(source: str, strip: bool = False) -> Template:
             literal = ""
         else:
             literal += piece
-    answers = sum(field == "answer" for _, field in pieces)
-    if answers != 1:
-        raise _error(f"expected {{answer}} exactly once, found it {answers} times", source)
-    if literal or pieces[-1][1] != "answer":
-        raise _error("expected {answer} at the very end", source)
+    found = sum(field == target for _, field in pieces)
+    if found != 1:
+        raise _error(f"expected {{{target}}} exactly once, found it {found} times", source)
+    if literal or pieces[-1][1] != target:
+        raise _error(f"expected {{{target}}} at the very end", source)
+    if target == "query" and any(field == "answer" for _, field in pieces):
+        raise _error("{answer} has no place where the query is scored", source)
     if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in source):
         raise _error("contains a NUL character or a lone surrogate", source)
     before_answer = pieces.pop()[0]

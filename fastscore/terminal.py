@@ -6,11 +6,9 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
 from rich.box import ROUNDED
 from rich.console import Console
@@ -18,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastscore.interrupts import Interrupted, ended_by_signals
 from fastscore.run_files import FileJob, Tally
 from fastscore.types import InputError, RunStats
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, SIGNALLED = 2, 1, 128
 
 
 def exit_status(run: Callable[[], None]) -> int:
@@ -30,12 +29,13 @@ def exit_status(run: Callable[[], None]) -> int:
     A traceback is shown as well when ``FASTSCORE_TRACEBACK`` is 1.
     """
     try:
-        with _terminated_cleanly():
+        with ended_by_signals():
             run()
     except InputError as error:
         return _tell(str(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        return _tell("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        hint, number = (error.hint, error.signum) if isinstance(error, Interrupted) else ("", signal.SIGINT)
+        return _tell(f"interrupted; {hint}" if hint else "interrupted", SIGNALLED + number)
     except Exception as error:  # noqa: BLE001 - the edge of the program: whatever fails is told here
         lines = str(error).strip().splitlines()
         name = type(error).__name__
@@ -53,27 +53,6 @@ def _tell(message: str, status: int) -> int:
 def one_line(text: str) -> str:
     """Line ends and terminal controls, which names of files and fields may hold, are shown and not obeyed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-@contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like an error, so that unfinished outputs are removed."""
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
-        yield
-        return
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -165,15 +144,20 @@ def _summary(tally: Tally, jobs: Sequence[FileJob]) -> Table:
         recorded = ", ".join(str(job.errors) for job in jobs if job.errors.exists())
         table.add_row("bad rows skipped", Text(f"{tally.skipped:,}, recorded in {recorded}", "yellow"))
     table.add_row("pairs", f"{stats.pairs:,}")
+    if stats.cached:
+        table.add_row("pairs from cache", f"{stats.cached:,}")
     table.add_row("tokens computed", f"{stats.tokens_computed:,}")
-    table.add_row("tokens saved", _saved(stats))
-    seconds = max(stats.seconds, 1e-9)
-    speed = f"{stats.tokens_computed / seconds:,.0f} tokens/s, {stats.answer_tokens / seconds:,.0f} answer tokens/s"
-    table.add_row("speed", speed)
+    if stats.tokens_computed:
+        table.add_row("tokens saved", _saved(stats))
+        seconds = max(stats.seconds, 1e-9)
+        speed = f"{stats.tokens_computed / seconds:,.0f} tokens/s, {stats.answer_tokens / seconds:,.0f} answer tokens/s"
+        table.add_row("speed", speed)
     if tally.ranked_rows:
         share = tally.positive_best / tally.ranked_rows
         table.add_row("positive is best", f"{tally.positive_best:,} of {tally.ranked_rows:,} rows ({share:.1%})")
     table.add_row("output", Text("\n".join(str(job.output) for job in jobs), "bold"))
+    if tally.caches:
+        table.add_row("cache", Text("\n".join(dict.fromkeys(map(str, tally.caches))), "dim"))
     return table
 
 

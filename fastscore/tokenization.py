@@ -42,27 +42,57 @@ class PairTokenizer:
         )
         return self.tokenizer.batch_decode(encoded["input_ids"])
 
-    def encode(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
-        """One request per pair, or the reason why there is none, in the order of the pairs."""
+    def check_eos(self) -> None:
+        """Raise InputError where there is no EOS token to append."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise InputError("append_eos: the tokenizer has no EOS token")
+        if eos >= self.vocab_size:
+            raise InputError(f"append_eos: the tokenizer's EOS token is {eos}, the model has only {self.vocab_size}")
+
+    def encode(self, pairs: Sequence[Pair], append_eos: bool = False) -> list[ScoringRequest | InputError]:
+        """One request per pair, or the reason why there is none, in the order of the pairs.
+
+        ``append_eos``: the tokenizer's EOS token becomes the last token of every answer (see :meth:`check_eos`).
+        """
         results: list[ScoringRequest | InputError | None] = [None] * len(pairs)
-        texts: list[int] = []
+        texts: dict[bool, list[int]] = {True: [], False: []}
         for index, pair in enumerate(pairs):
             if not isinstance(pair.prompt, str) or not isinstance(pair.answer, str):
                 results[index] = self._from_ids(pair)
             elif problem := _text_problem(pair.prompt, pair.answer):
                 results[index] = InputError(problem)
             else:
-                texts.append(index)
+                texts[self._adds_special_tokens(pair)].append(index)
         encode = self._encode_seq2seq if self.is_encoder_decoder else self._encode_causal
-        for index, result in zip(texts, encode([pairs[index] for index in texts]) if texts else (), strict=True):
-            results[index] = self._in_vocabulary(result)
+        for special_tokens, indices in texts.items():
+            encoded = encode([pairs[index] for index in indices], special_tokens) if indices else []
+            for index, result in zip(indices, encoded, strict=True):
+                results[index] = self._in_vocabulary(result)
+        if append_eos:
+            eos = self.tokenizer.eos_token_id
+            results = [
+                ScoringRequest((*result.token_ids, eos), result.answer_start)
+                if isinstance(result, ScoringRequest)
+                else result
+                for result in results
+            ]
         return [self._fit(result) if isinstance(result, ScoringRequest) else _must(result) for result in results]
 
-    def _encode_causal(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
+    def _adds_special_tokens(self, pair: Pair) -> bool:
+        """Whether the tokenizer adds its own special tokens. A second BOS is never put before a text that has one."""
+        if pair.is_chat or self.is_encoder_decoder:
+            return not pair.is_chat
+        bos = self.tokenizer.bos_token
+        return not (bos and str(pair.prompt).startswith(bos))
+
+    def _encode_causal(self, pairs: Sequence[Pair], special_tokens: bool) -> list[ScoringRequest | InputError]:
         if not self.tokenizer.is_fast:
-            return [self._encode_without_offsets(pair) for pair in pairs]
+            return [self._encode_without_offsets(pair, special_tokens) for pair in pairs]
         texts = [f"{pair.prompt}{pair.answer}" for pair in pairs]
-        encodings = self.tokenizer(texts, return_attention_mask=False, verbose=False).encodings
+        encodings = self.tokenizer(
+            texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
+        ).encodings
         results: list[ScoringRequest | InputError] = []
         for pair, encoding in zip(pairs, encodings, strict=True):
             ids = encoding.ids
@@ -76,20 +106,22 @@ class PairTokenizer:
             results.append(_request(ids[:stop], start))
         return results
 
-    def _encode_without_offsets(self, pair: Pair) -> ScoringRequest | InputError:
+    def _encode_without_offsets(self, pair: Pair, special_tokens: bool) -> ScoringRequest | InputError:
         """For tokenizers in pure Python: the answer begins where the prompt's own tokens stop agreeing."""
-        whole = self.tokenizer(f"{pair.prompt}{pair.answer}", verbose=False)["input_ids"]
-        prompt = self.tokenizer(pair.prompt, verbose=False)["input_ids"]
-        if whole and whole[-1] == self.tokenizer.eos_token_id and prompt and prompt[-1] == whole[-1]:
+        texts = f"{pair.prompt}{pair.answer}", pair.prompt
+        whole, prompt = (
+            self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"] for text in texts
+        )
+        ends = special_tokens and bool(whole) and whole[-1] == self.tokenizer.eos_token_id
+        if ends and prompt and prompt[-1] == whole[-1]:
             whole, prompt = whole[:-1], prompt[:-1]
-        start = 0
-        while start < min(len(whole), len(prompt)) and whole[start] == prompt[start]:
-            start += 1
-        return _request(whole, start)
+        return _request(whole, common_length(whole, prompt))
 
-    def _encode_seq2seq(self, pairs: Sequence[Pair]) -> list[ScoringRequest | InputError]:
+    def _encode_seq2seq(self, pairs: Sequence[Pair], special_tokens: bool) -> list[ScoringRequest | InputError]:
         """Prompt as the encoder was trained to see it (with its end token), answer without special tokens."""
-        prompts = self.tokenizer([str(pair.prompt) for pair in pairs], verbose=False)["input_ids"]
+        prompts = self.tokenizer(
+            [str(pair.prompt) for pair in pairs], add_special_tokens=special_tokens, verbose=False
+        )["input_ids"]
         answers = self.tokenizer([str(pair.answer) for pair in pairs], add_special_tokens=False, verbose=False)
         return [
             _request([*prompt, *answer], len(prompt))
@@ -142,6 +174,12 @@ class PairTokenizer:
         keep = 1 if request.token_ids[0] == self.tokenizer.bos_token_id and request.answer_start > excess + 1 else 0
         kept = request.token_ids[:keep] + request.token_ids[keep + excess :]
         return ScoringRequest(kept, request.answer_start - excess)
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many items two sequences have in common from their beginning."""
+    shorter = min(len(first), len(second))
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
 def _request(token_ids: Sequence[int], answer_start: int) -> ScoringRequest | InputError:

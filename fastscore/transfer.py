@@ -34,6 +34,10 @@ class HostCopy:
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(tensors[0].device))
 
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would not have to."""
+        return self._arrived is None or self._arrived.query()
+
     def wait(self) -> list[np.ndarray]:
         """The values, in the order of the tensors."""
         if self._arrived is not None:

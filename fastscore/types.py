@@ -12,11 +12,25 @@ if TYPE_CHECKING:  # --help and the first pass over the input must not wait for 
     from fastscore.ranges import Ints
 
 
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+"""Names of files that hold a table. Their records have numbers, no lines."""
+
+
+ColumnType: TypeAlias = "str | dict[str, str]"
+"""Of a table's column, in Arrow's words (``list<double>``); a dictionary is an object with fields of these types."""
+
+
+def is_table(path: object) -> bool:
+    """Whether a file is a table, by its name."""
+    return str(path).lower().endswith(TABLE_SUFFIXES)
+
+
 class InputError(ValueError):
     """Bad input from a person: a row, a flag, a path or a model name.
 
     The message names file, line and field as far as they are known, for example
-    ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``.
+    ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``; in a table, the row
+    (``train.parquet: row 17: ...``).
     The command line prints it as one line and exits with status 2.
     """
 
@@ -35,7 +49,8 @@ class InputError(ValueError):
         super().__init__(message)
 
     def __str__(self) -> str:
-        where = ":".join(str(part) for part in (self.path, self.line) if part is not None)
+        before_line = ": row " if is_table(self.path) else ":"
+        where = before_line.join(str(part) for part in (self.path, self.line) if part is not None)
         parts = [part for part in (where, f"field {self.field!r}" if self.field else "", self.message) if part]
         return ": ".join(parts)
 
@@ -51,7 +66,10 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of an input file. ``line`` counts from 1; ``path`` is None for rows given in Python."""
+    """One record of an input file; ``path`` is None for rows given in Python.
+
+    ``line`` counts from 1; in a table, rows are counted.
+    """
 
     data: dict[str, Any]
     path: str | None = None
@@ -67,16 +85,40 @@ class Pair:
 
     prompt: str | tuple[int, ...]
     answer: str | tuple[int, ...]
+    is_chat: bool = False
+    """The prompt comes from a chat template, which writes the special tokens itself: the tokenizer adds none."""
+
+    @property
+    def num_bytes(self) -> int | None:
+        """UTF-8 bytes of the answer as it is scored, the space that joins it to the prompt included.
+
+        The space's probability is in the score too. None for token ids.
+        """
+        return len(self.answer.encode("utf-8")) if isinstance(self.answer, str) else None
+
+    @property
+    def num_chars(self) -> int | None:
+        """Characters (code points) of the same text."""
+        return len(self.answer) if isinstance(self.answer, str) else None
 
 
 @dataclass(frozen=True, slots=True)
 class RowPairs:
-    """The pairs of one row, candidate by candidate: pair ``c * num_answers + a`` is candidate c with answer a."""
+    """The pairs of one row, candidate by candidate: pair ``c * num_answers + a`` is candidate c with answer a.
+
+    With a baseline, ``num_answers`` more follow: each answer without any candidate.
+    """
 
     row: Row
     pairs: tuple[Pair, ...]
     num_candidates: int
     num_answers: int
+    summed: bool = False
+    """A pair's score is the sum over its answer's tokens, not their mean."""
+
+    @property
+    def has_baseline(self) -> bool:
+        return len(self.pairs) > self.num_candidates * self.num_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +156,12 @@ class AnswerScore:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean over the answer tokens: the ``teacher_scores`` entry."""
+        """Mean over the answer tokens: the ``teacher_scores`` entry unless another definition is asked for."""
         return self.logprob / self.num_tokens
+
+
+TeacherScores: TypeAlias = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""One per candidate: a number, or (``reduce="none"``) the log-probabilities of its answer's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +169,12 @@ class ScoredRow:
     """A row and its scores: one per candidate, and the raw score of every pair in RowPairs order."""
 
     row: Row
-    teacher_scores: tuple[float, ...]
+    teacher_scores: TeacherScores
     scores: tuple[AnswerScore, ...]
+    teacher_raw: dict[str, Any] | None = None
+    """What other definitions can be computed from, where the run keeps it."""
+    pairs: tuple[Pair, ...] = ()
+    """What was scored, in the order of ``scores``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +302,8 @@ class RunStats:
     """Counters of a run, for progress bars and the summary. Token counts are input tokens of the model."""
 
     pairs: int = 0
+    cached: int = 0
+    """Pairs whose score came from the cache; tokens, packs and seconds are those of the others."""
     answer_tokens: int = 0
     tokens_computed: int = 0
     tokens_unpadded: int = 0

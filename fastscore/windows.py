@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from fastscore.chat import ChatTemplate
 from fastscore.config import TaskConfig
 from fastscore.tasks import expand_row
 from fastscore.tokenization import PairTokenizer
@@ -29,7 +30,9 @@ class Window:
         """Where in the input the request of that index came from."""
         for row_pairs in self.rows:
             if index < len(row_pairs.pairs):
-                return str(row_pairs.row.error(f"candidate {index // row_pairs.num_answers}"))
+                candidate = index // row_pairs.num_answers
+                is_baseline = candidate == row_pairs.num_candidates
+                return str(row_pairs.row.error("the baseline" if is_baseline else f"candidate {candidate}"))
             index -= len(row_pairs.pairs)
         raise IndexError(index)
 
@@ -62,14 +65,17 @@ def _encoded(
 ) -> Iterator[tuple[RowPairs, list[ScoringRequest]]]:
     """Rows with the requests of their pairs, tokenised many at a time."""
     for portion in _portions(_expanded(rows, config, tokenizer, on_bad_row), TOKENISED_PAIRS):
-        encoded = iter(tokenizer.encode([pair for row_pairs in portion for pair in row_pairs.pairs]))
+        pairs = [pair for row_pairs in portion for pair in row_pairs.pairs]
+        encoded = iter(tokenizer.encode(pairs, config.score.append_eos))
         for row_pairs in portion:
             results = list(islice(encoded, len(row_pairs.pairs)))
             requests = [result for result in results if isinstance(result, ScoringRequest)]
             if len(requests) == len(results):
                 yield row_pairs, requests
             else:
-                error = next(result for result in results if isinstance(result, InputError))
+                index, error = next((i, found) for i, found in enumerate(results) if isinstance(found, InputError))
+                if index >= row_pairs.num_candidates * row_pairs.num_answers:
+                    error = InputError(f"without a passage (--baseline no-context): {error}")
                 _report(row_pairs.row, error, on_bad_row)
 
 
@@ -77,9 +83,13 @@ def _expanded(
     rows: Iterable[Row], config: TaskConfig, tokenizer: PairTokenizer, on_bad_row: OnBadRow | None
 ) -> Iterator[RowPairs]:
     truncate = partial(tokenizer.truncate_keys, max_length=config.key_max_length)
+    chat = ChatTemplate(tokenizer.tokenizer, config.system_prompt)
     for row in rows:
         try:
-            yield expand_row(row, config, truncate)
+            expanded = expand_row(row, config, truncate, chat)
+            if expanded.summed and tokenizer.is_encoder_decoder:
+                raise InputError("the task preference needs a causal model, and this is an encoder-decoder")
+            yield expanded
         except InputError as error:
             _report(row, error, on_bad_row)
 

@@ -23,6 +23,7 @@ IDENTITY = ScoreIdentity(
     device="cpu",
     mode="packed",
     attention="sdpa",
+    forward="model",
     answer_nll="reference (PyTorch)",
     torch="2.13",
     transformers="5.23.0",

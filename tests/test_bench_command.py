@@ -96,6 +96,15 @@ def test_counts_are_those_of_a_run(
     assert found["mode"] == {"llama": "packed", "bloom": "padded", "t5": "encoder-decoder"}[family]
 
 
+def test_counts_of_another_definition(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "r.jsonl", many_rows(5))
+    definition = ("--target", "query", "--baseline", "no-context", "--append-eos", "--normalize", "softmax")
+    found = bench(capsys, rows, "-m", model, *definition)
+    stats = scored(capsys, tmp_path, rows, "-m", model, *definition)
+    assert found["pairs"] == stats["pairs"] == 5 * (3 + 1)
+    assert (found["answer_tokens"], found["tokens"]) == (stats["answer_tokens"], stats["tokens_unpadded"])
+
+
 def test_a_part_stands_for_the_whole(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_rows(tmp_path / "r.jsonl", many_rows(60))
     options = (rows, "-m", model, "--max-batch-tokens", "100")

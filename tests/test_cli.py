@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import resource
@@ -126,7 +127,7 @@ def test_help_of_score_names_every_option() -> None:
     options = """
         --model --adapter --revision --dtype --device --device-map --trust-remote-code --attention --max-batch-tokens
         --task --template --answers --combine --seed --key-max-length --overflow --on-error --save-name --output
-        --cache-dir --quiet
+        --cache-dir --quiet --target --reduce --baseline --normalize --temperature --append-eos --keep-raw
     """
     for option in options.split():
         assert f" {option} " in done.stdout, option
@@ -150,7 +151,8 @@ def test_a_whole_run_in_a_process(tmp_path: Path, model: Path) -> None:
 
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert (first.read_bytes(), second.read_bytes()) == before
-    assert names(tmp_path) == {first.name, second.name, out.name, f"{out.name}.errors.jsonl", f"{out.name}.meta.json"}
+    beside = {f"{out.name}.{kind}" for kind in ("errors.jsonl", "meta.json", "cache.sqlite")}
+    assert names(tmp_path) == {first.name, second.name, out.name, *beside}
     assert "\x1b" not in done.stderr
     assert "━" not in done.stderr, "a bar though stderr is no terminal"
     assert done.stderr.splitlines()[0] == "fastscore: cpu, fp32, packed, attention by dense"
@@ -225,6 +227,35 @@ def test_templates_quiet_and_combined_answers(tmp_path: Path, model: Path, capsy
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
+def test_definitions_of_a_score(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "r.jsonl", ROWS)
+    usual = ("-m", model, "--dtype", "fp32")
+    options = ("--target", "query", "--reduce", "byte", "--baseline", "no-context", "--append-eos", "--keep-raw")
+    softmax = ("--normalize", "softmax", "--temperature", "0.5")
+    status, err = run(capsys, "score", rows, *usual, "-o", tmp_path / "o.jsonl", *options, *softmax)
+    assert status == 0
+    assert "positive is best" in err
+    meta = json.loads((tmp_path / "o.jsonl.meta.json").read_text())
+    definition = {"target": "query", "reduce": "byte", "baseline": "no-context", "append_eos": True, "keep_raw": True}
+    assert meta["task"]["score"] == {**definition, "normalize": "softmax", "temperature": 0.5}
+    assert meta["stats"]["pairs"] == 4 * (3 + 1)
+    for row, scored in zip(ROWS, read_rows(tmp_path / "o.jsonl"), strict=True):
+        raw = scored["teacher_raw"]
+        num_bytes = len(f" {row['query'].strip()}".encode())
+        assert raw["num_bytes"] == [[num_bytes]] * 3
+        gains = [(logprob - raw["baseline_logprob"][0]) / num_bytes for [logprob] in raw["logprob"]]
+        weights = [math.exp(gain / 0.5) for gain in gains]
+        assert scored["teacher_scores"] == pytest.approx([weight / sum(weights) for weight in weights], abs=1e-12)
+    # A list of tokens has no order: nothing is said of the best one, in the summary or in the metadata.
+    status, err = run(capsys, "score", rows, *usual, "-o", tmp_path / "t.jsonl", "--reduce", "none")
+    assert (status, "positive is best" in err) == (0, False)
+    meta = json.loads((tmp_path / "t.jsonl.meta.json").read_text())
+    assert (meta["ranked_rows"], meta["positive_best"]) == (0, 0)
+    for row, scored in zip(ROWS, read_rows(tmp_path / "t.jsonl"), strict=True):
+        means = [sum(tokens) / len(tokens) for tokens in scored["teacher_scores"]]
+        assert means == pytest.approx(true_scores(model, row), abs=1e-5)
+
+
 BAD_ROWS = {
     "malformed": ('{"query": 1\n', "r.jsonl:5: not valid JSON: "),
     "missing-field": ({"task": "qa", "pos": ["x"], "answers": ["y"]}, "r.jsonl:5: field 'query': missing; expected "),
@@ -262,6 +293,18 @@ BAD_OPTIONS = {
     "on-error": (["--on-error", "ignore"], "on_error must be one of fail, skip; found 'ignore'"),
     "task": (["--task", "QA"], "task must be one of qa, "),
     "template": (["--template", "{query.__class__} {answer}"], "field 'template': "),
+    "target": (["--target", "x"], "target must be one of answer, query; found 'x'"),
+    "target-template": (["--target", "query", "--template", "{key} {answer}"], "field 'template': expected {query} "),
+    "target-answers": (
+        ["--target", "query", "--answers", "all"],
+        "target query scores the query: answers are not read",
+    ),
+    "temperature": (["--normalize", "softmax", "--temperature", "0"], "temperature must be a finite number above 0"),
+    "reduce-none": (["--reduce", "none", "--normalize", "softmax"], "reduce none gives lists of tokens"),
+    "baseline": (
+        ["--template", "{query} {answer}", "--baseline", "no-context"],
+        "r.jsonl:1: field 'template': a templa",
+    ),
     "both": (["--task", "qa", "--template", "{answer}"], "task and template exclude each other"),
     "key-length": (["--key-max-length", "0"], "key_max_length must be a whole number of at least 1"),
     "batch": (["--max-batch-tokens", "-1"], "max_batch_tokens must be a whole number of at least 1"),
@@ -388,9 +431,10 @@ def test_a_run_that_fails_has_status_1(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (status, err) == (1, "fastscore: failed: OSError: [Errno 27] File too large\n")
     assert "Traceback (most recent call last)" in capsys.readouterr().err
-    assert names(tmp_path) == {"r.jsonl"}
+    assert names(tmp_path) == {"r.jsonl", "r.scored.tiny-llama.jsonl.cache.sqlite"}
 
 
+@pytest.mark.slow
 def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
     folders = {signal.SIGINT: tmp_path / "int", signal.SIGTERM: tmp_path / "term"}
     runs = {}
@@ -406,13 +450,13 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, model: Path) -> None:
             assert process.stderr is not None
             assert "packed" in process.stderr.readline()
             time.sleep(0.3)
-            assert {path.suffix for path in folders[number].iterdir()} == {".jsonl", ".tmp"}, "not in the midst of it"
+            assert {path.suffix for path in folders[number].iterdir()} >= {".jsonl", ".tmp"}, "not in the midst of it"
             process.send_signal(number)
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             out, err = runs[number].communicate(timeout=60)
             assert (runs[number].returncode, out) == (status, "")
-            assert err == ("fastscore: interrupted\n" if number == signal.SIGINT else "")
-            assert names(folders[number]) == {"r.jsonl"}
+            assert err.startswith("fastscore: interrupted; ")
+            assert names(folders[number]) - {"r.scored.tiny-llama.jsonl.cache.sqlite"} == {"r.jsonl"}
     finally:
         for process in runs.values():
             process.kill()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -14,9 +15,21 @@ import typer
 from test_rooms import ROOMS
 
 from fastscore.cli import app
+from fastscore.config import Baseline, Normalize, Reduce, Target
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "docs/lm-eval.md", "docs/report.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "docs/chat.md",
+    "docs/formats.md",
+    "docs/lm-eval.md",
+    "docs/reliability.md",
+    "docs/report.md",
+    "docs/scores.md",
+)
 OPTION = r"--[a-z][a-z-]+"
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 
@@ -48,6 +61,22 @@ def test_every_option_is_in_the_readme_and_no_other() -> None:
             [name, *_] = [name for name in re.findall(OPTION, cells[1]) if name in options]
             said = default[1] or ("False" if default[2] else default[3].replace(",", ""))
             assert str(options[name].default) == said, line
+
+
+def test_every_definition_of_a_score_has_its_line() -> None:
+    text = TEXT["docs/scores.md"]
+    named = re.findall(r"^\| `([^`]+)`", text.split("\n## ")[0], re.MULTILINE)
+    choices = {"target": Target, "reduce": Reduce, "baseline": Baseline}
+    expected = {f"--{name} {value}" for name, literal in choices.items() for value in get_args(literal)}
+    expected |= {f"--normalize {value} --temperature T" for value in get_args(Normalize) if value != "none"}
+    assert set(named) == (expected - {"--baseline none"}) | {"--append-eos", "--keep-raw"}
+    # The arithmetic on raw numbers gives what the page says, and the other example is code.
+    library, arithmetic = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(library, "docs/scores.md", "exec")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(arithmetic, {})  # noqa: S102 - our own document
+    assert out.getvalue().strip() == arithmetic.rpartition("# ")[2].strip()
 
 
 def test_the_models_the_readme_names_are_tested() -> None:

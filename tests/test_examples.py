@@ -24,6 +24,8 @@ EXAMPLES = ROOT / "examples"
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 MODEL = "smollm2-135m"
 NAMES = ("qa", "convsearch", "icl", "chat", "lrlm", "pairs", "choices", "template")
+FILES = (*NAMES, "preference")
+"""The last one has no candidates and no ``teacher_scores``."""
 TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
 
 pytestmark = pytest.mark.slow
@@ -59,9 +61,9 @@ def output_of(scored: Path, name: str) -> list[dict[str, Any]]:
 
 def test_every_file_is_in_the_readme_and_the_other_way_round() -> None:
     table = dict(re.findall(r"^\| `(\w+)\.jsonl` \| [^|]+ \| (\d+) \|", README, flags=re.MULTILINE))
-    assert set(table) == set(NAMES) == {p.stem for p in EXAMPLES.glob("*.jsonl") if ".scored." not in p.name}
+    assert set(table) == set(FILES) == {p.stem for p in EXAMPLES.glob("*.jsonl") if ".scored." not in p.name}
     assert {name: int(count) for name, count in table.items()} == {
-        name: len(read(EXAMPLES / f"{name}.jsonl")) for name in NAMES
+        name: len(read(EXAMPLES / f"{name}.jsonl")) for name in FILES
     }
 
 
@@ -75,6 +77,14 @@ def test_fields_are_kept_and_every_candidate_is_scored(scored: Path, name: str) 
         assert list(new) == [field for field in old if field not in TOKEN_FIELDS]
         assert len(scores) == len(candidates(old))
         assert all(math.isfinite(score) and score <= 0 for score in scores)
+
+
+def test_the_chosen_answer_is_likelier_token_by_token(scored: Path) -> None:
+    for old, new in zip(read(EXAMPLES / "preference.jsonl"), output_of(scored, "preference"), strict=True):
+        chosen, rejected = new.pop("ref_chosen_logps"), new.pop("ref_rejected_logps")
+        assert new == old
+        words = [len(old[name][-1]["content"].split()) for name in ("chosen", "rejected")]
+        assert 0 > chosen / words[0] > rejected / words[1]
 
 
 def right_ones_that_win(rows: list[dict[str, Any]]) -> int:

@@ -15,6 +15,7 @@ from tiny_models import VOCAB_SIZE, make_tiny_model
 from truth import alone
 
 from fastscore import Scorer
+from fastscore.kept_scores import Work
 from fastscore.launch import Launch
 from fastscore.transfer import HostCopy, to_device
 from fastscore.types import RunStats, ScoringRequest
@@ -66,7 +67,7 @@ def test_queueing_a_window_waits_for_nothing(dtype: str, llama: Path) -> None:
     model = scorer.load()
     plan = model.plan(requests)
     first = scorer.score_requests(requests)  # kernels are compiled and memory is reserved
-    launch = Launch(model, plan, requests, RunStats())
+    launch = Launch(model, Work(plan, requests), RunStats())
     with waiting_is_an_error():
         launch.queue()
     scores = launch.scores("pair {}".format)

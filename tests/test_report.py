@@ -186,7 +186,7 @@ def test_what_was_run_on_what(page: Page) -> None:
         "from start to end": "1 min 30 s",
         "tokens computed": "60,000, 1,500 tokens/s",
         "answer tokens": "800, 20 a second",
-        "pairs": "240, 6 a second",
+        "pairs computed": "240, 6 a second",
         "packs": "5, filled to 75.0%",
     }
     [table] = page.sections["cost"].tables
@@ -215,11 +215,74 @@ def test_what_was_run_on_what(page: Page) -> None:
     assert "changed after the run" not in run.words
 
 
+def scored_as(**definition: Any) -> dict[str, Any]:
+    return {**META, "task": {**META["task"], "score": definition}}
+
+
+DEFINITIONS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "none-told": (
+        {},
+        "nats",
+        "mean log-probabilities of the answer in nats: at most 0 unless answers were combined by",
+    ),
+    "sum": (
+        {"reduce": "sum", "append_eos": True},
+        "nats",
+        "log-probabilities of the answer and its EOS token in nats: ",
+    ),
+    "byte": (
+        {"reduce": "byte", "target": "query"},
+        "nats per byte",
+        "log-probabilities of the query in nats per byte: at ",
+    ),
+    "gain": (
+        {"reduce": "char", "baseline": "no-context"},
+        "nats per character",
+        "gains over the same answer without a passage, differences of log-probabilities of the answer in nats per "
+        "character, and higher is better.",
+    ),
+    "shares": (
+        {"normalize": "softmax", "temperature": 0.5},
+        "",
+        "shares of a row's candidates (they add up to 1), softmax at temperature 0.5 of mean log-probabilities of the "
+        "answer in nats, and higher is better.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEFINITIONS)
+def test_the_page_says_what_its_scores_are(tmp_path: Path, case: str) -> None:
+    definition, unit, said = DEFINITIONS[case]
+    page = report_on(write_rows(tmp_path / "scored.jsonl", ROWS, scored_as(**definition)))
+    words = " ".join(section.words for section in page.sections.values())
+    assert f" Scores are {said}" in words
+    assert (f" {unit} at most." if unit else " at most.") in page.sections[""].words
+    assert " nats at most" not in page.sections[""].words or unit == "nats"
+    tile = next(name for name, _ in page.sections[""].facts if name.startswith("median margin"))
+    assert tile == (f"median margin, {unit}" if unit else "median margin")
+    for axis in ("score", "margin"):
+        assert f">{axis}, {unit}</text>" in page.html if unit else f">{axis}</text>" in page.html
+    fact = next(value for name, value in page.sections["run"].facts if name == "scores")
+    assert said.startswith(fact)
+
+
+def test_files_of_different_definitions_are_not_compared(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", ROWS, scored_as(reduce="sum"))
+    two = write_rows(tmp_path / "two.jsonl", ROWS, META)
+    words = " ".join(section.words for section in report_on(one, two).sections.values())
+    assert "In one.jsonl, scores are log-probabilities of the answer in nats: at most 0" in words
+    assert "In two.jsonl, scores are mean log-probabilities of the answer in nats: at most 0" in words
+    assert "Scores of different kinds cannot be compared by their size." in words
+
+
 def test_a_file_without_its_description(tmp_path: Path) -> None:
     page = report_on(write_rows(tmp_path / "scored.jsonl", ROWS))
     said = "there is no scored.jsonl.meta.json beside the file."
     assert said in page.sections["cost"].words
     assert said in page.sections["run"].words
+    assert any(
+        "Scores are taken to be mean log-probabilities of the answer" in part.words for part in page.sections.values()
+    )
     assert [name for name, _ in page.sections[""].facts] == ["positive is best", "median margin, nats", "scores"]
 
 

@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 
 BAD_ROWS: list[tuple[str, str]] = [
-    ('{"query": "q"}', "'teacher_scores': missing; expected a list of scores: is this an output of fastscore score?"),
+    ('{"query": "q"}', "'teacher_scores': missing; expected a list of scores: is this an output of fastscore score"),
     ('{"teacher_scores": []}', "'teacher_scores': found [], expected a list of scores"),
     ('{"teacher_scores": "-1"}', "'teacher_scores': found '-1', expected a list of scores"),
     (
@@ -84,6 +84,9 @@ BAD_META: list[tuple[Any, str]] = [
     ({**META, "rows": -1}, "field 'rows': expected a number of at least 0, found -1"),
     ({**META, "stats": []}, "field 'stats': expected an object, found []"),
     ({**META, "task": {"task": "qaa"}}, "field 'task': names no task that this version knows: task must be one of qa,"),
+    ({**META, "task": {"score": {"reduce": "x"}}}, "names no task that this version knows: reduce must be one of mean"),
+    ({**META, "task": {"score": {"new": 1}}}, "field 'task': names no task that this version knows: "),
+    ({**META, "task": {"score": {"reduce": "none"}}}, "field 'task.score.reduce': the scores are lists of tokens, and"),
 ]
 
 

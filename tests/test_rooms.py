@@ -43,16 +43,28 @@ ROOMS: dict[str, Room] = {
     "config": room(1),
     "garbage": room(1),
     "read_ahead": room(1),
+    "interrupts": room(1),
     "json_stream": room(1, "types"),
-    "rows": room(1, "types json_stream"),
-    "templates": room(1, "types"),
-    "tasks": room(1, "types config templates"),
+    "dataset_folder": room(1, "types"),
+    "table_rows": room(1, "types", frozenset({"pyarrow"})),
+    "rows": room(1, "types json_stream dataset_folder table_rows"),
+    "fields": room(1, "types"),
+    "templates": room(1, "types config"),
+    "definitions": room(1, "types config templates"),
     "tokenization": room(1, "types config", frozenset({"transformers"})),
+    "chat": room(1, "types config fields", frozenset({"transformers"})),
+    "preference": room(1, "types fields tokenization chat"),
+    "tasks": room(1, "types config fields templates definitions chat preference"),
+    "candidates": room(1, "types config fields tasks"),
+    "output_formats": room(1, "types config preference tasks candidates"),
+    "table_schema": room(1, "types fields table_rows", frozenset({"pyarrow"})),
+    "table_writer": room(1, "types table_rows rows", frozenset({"pyarrow"})),
+    "outputs": room(1, "types config tasks output_formats rows table_rows table_schema table_writer"),
     "prefix_tree": room(1, "types ranges", frozenset({"numpy"})),
     "packing": room(1, "types ranges prefix_tree", frozenset({"numpy", "torch"})),
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
-    "windows": room(1, "types config tasks tokenization"),
+    "windows": room(1, "types config chat tasks tokenization"),
     "fingerprint": room(1, "types"),
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "cache_file": room(1, "types"),
@@ -86,25 +98,33 @@ ROOMS: dict[str, Room] = {
         MODEL | {"peft", "accelerate"},
     ),
     "aggregate": room(3, "types config"),
-    "launch": room(3, "types language_model answer_head aggregate"),
-    "pipeline": room(3, "types windows read_ahead language_model launch", frozenset({"torch"})),
+    "identity": room(
+        3,
+        "kernels/ types config fingerprint language_model model_source packed_forward",
+        MODEL | {"huggingface_hub"},
+    ),
+    "kept_scores": room(
+        3, "types ranges fingerprint cache_blocks cache_file cache language_model", frozenset({"numpy"})
+    ),
+    "launch": room(3, "types interrupts language_model answer_head aggregate kept_scores"),
+    "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
 # What every edge may import: the scorer and level 1.
 _EDGE = " ".join(["__init__", "scorer", *(key for key, entry in ROOMS.items() if entry.level == 1)])
 ROOMS |= {
     # Only re-exports, and those lazily.
-    "__init__": room(4, "scorer types garbage"),
+    "__init__": room(4, "scorer types config garbage"),
     "run_files": room(4, _EDGE),
-    "terminal": room(4, "run_files types", TERMINAL),
+    "terminal": room(4, "run_files types interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
-    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models", TERMINAL | MODEL),
+    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models identity", TERMINAL | MODEL),
     "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-for _name in ("cli_options", "cli_score", "cli_bench", "cli_report"):
+for _name in ("cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
 ROOMS["cli_cache"] = room(4, " ".join(ROOMS), TERMINAL)
@@ -114,7 +134,7 @@ ROOMS["__main__"] = room(4, "cli")
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-COMMANDS = ("cli", "cli_options", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
+COMMANDS = ("cli", "cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
 LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 

@@ -233,7 +233,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
 
 def test_unreadable_paths(tmp_path: Path) -> None:
     assert "No such file" in fault(tmp_path / "missing.jsonl").message
-    assert "Is a directory" in fault(tmp_path).message
+    assert "a folder without data files" in fault(tmp_path).message
     assert "cannot be read: " in fault(tmp_path / "nul\0name").message
     assert "Not a directory" in fault(write(tmp_path / "file", "x") / "below").message
 

@@ -40,6 +40,7 @@ def run(code: str, *arguments: str) -> tuple[float, set[str]]:
     return found["cpu"], set(found["packages"])
 
 
+@pytest.mark.slow
 def test_a_scorer_imports_what_it_needs_and_no_more() -> None:
     _, plain = run(PLAIN)
     _, ours = run(f"{PLAIN}import fastscore.scorer\n")

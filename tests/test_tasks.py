@@ -216,7 +216,7 @@ def test_unknown_task(task: object, found: str) -> None:
 def test_missing_task(row: dict[str, Any]) -> None:
     field, message = row_fault(row)
     assert field == "task"
-    assert message.startswith("missing; expected one of qa, convsearch, icl, chat, lrlm, pairs, choices")
+    assert message.startswith("missing; expected one of qa, convsearch, icl, chat, lrlm, pairs, choices, preference")
 
 
 NO_CANDIDATES = "no candidates: expected a non-empty list of strings in 'pos', 'neg' or (task chat) 'history'"

@@ -201,6 +201,7 @@ def test_the_command_line_unchanged_in_a_terminal(model: Path, tmp_path: Path) -
         data.name,
         scored_file.name,
         f"{scored_file.name}.meta.json",
+        f"{scored_file.name}.cache.sqlite",
     }
     assert data.read_bytes() == before
     scored = read_lines(scored_file)

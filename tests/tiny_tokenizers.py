@@ -85,3 +85,20 @@ KINDS: dict[str, Callable[[bool, bool], PreTrainedTokenizerFast]] = {
 def make(kind: str, bos: bool, eos: bool) -> PreTrainedTokenizerFast:
     """The tokenizer of that kind, made once: do not change it."""
     return KINDS[kind](bos, eos)
+
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+)
+CHATS = {
+    "plain": CHAT,
+    "without-bos": CHAT.replace("{{ bos_token }}", ""),
+    # Like models that think: what the assistant begins with is not what is kept of what it said.
+    "thinking": CHAT.replace("'assistant\\n'", "'assistant\\nOK hmm\\n\\n'"),
+    "trimming": CHAT.replace("message['content']", "message['content'] | trim"),
+    "refuses-system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role here') }}{% endif %}"
+    + CHAT,
+    "drops-system": CHAT.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
+}
+"""Chat templates of several kinds, for any of the tokenizers."""

@@ -42,14 +42,18 @@ def attend(
     out_Nw = value_TKd.new_empty((num_tokens + 1) * num_kv, group * value_TKd.shape[2])
     if pack.num_segment_tokens < num_tokens:
         out_Nw.zero_()
-    scratch = _Scratch(accumulator)
-    for batch in _batches(pack, pack.narrowed(sliding_window), queries, keys, values, num_heads, num_kv):
+    batches = _batches(pack, pack.narrowed(sliding_window), queries, keys, values, num_heads, num_kv)
+    # Used by batches in turn: fresh memory for each would cost as much as the passes over it.
+    scores = query_THd.new_empty(num_heads * max(batch.mask_BRk.numel() for batch in batches), dtype=accumulator)
+    for batch in batches:
         num_spans, num_queries, num_keys = batch.mask_BRk.shape
         rows_NRd = queries.rows_Nw.index_select(0, batch.query_row).view(num_kv * num_spans, num_queries * group, -1)
         keys_Nkd = keys.rows_Nw.index_select(0, batch.key_row).view(num_kv * num_spans, num_keys, -1)
         values_Nkd = values.rows_Nw.index_select(0, batch.value_row).view(num_kv * num_spans, num_keys, -1)
-        scores_NRk = scratch.take("scores", (num_kv * num_spans, num_queries * group, num_keys))
-        scores_KBRGk = scores_NRk.view(num_kv, num_spans, num_queries, group, num_keys)
+        scores_KBRGk = scores[: num_heads * batch.mask_BRk.numel()].view(
+            num_kv, num_spans, num_queries, group, num_keys
+        )
+        scores_NRk = scores_KBRGk.view(num_kv * num_spans, num_queries * group, num_keys)
         mask_BR1k = batch.mask_BRk[:, :, None]
         if softcap is None:
             scores_KBRGk.copy_(mask_BR1k.expand(num_kv, -1, -1, group, -1))
@@ -97,21 +101,6 @@ class _Batch(NamedTuple):
     mask_BRk: torch.Tensor
 
 
-class _Scratch:
-    """Memory that batches use in turn: fresh memory for each would cost as much as the passes over it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uninitialised, and the same memory at every call with that name."""
-        size = torch.Size(shape).numel()
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self._dtype)
-        return self._buffers[name][:size].view(shape)
-
-
 def _softmax(scores_KBRGk: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """In place, where that can be."""
     if sinks is None:
@@ -131,17 +120,17 @@ def _batches(
     if key not in pack.memo:
         num_tokens = len(pack.token_ids_T)
         spans = split_spans(pack, window, num_heads, queries.rows_Nw.dtype)
-        output = (num_kv, 0)
+        heads_K11 = torch.arange(num_kv)[:, None, None]
+
+        def of_every_head(token_BN: torch.Tensor, step: int, first: int) -> torch.Tensor:
+            return (token_BN * step + first + heads_K11).flatten()
+
         pack.memo[key] = [
             _Batch(
-                *(
-                    (row * step + first + torch.arange(num_kv)[:, None, None]).flatten()
-                    for row, (step, first) in zip(
-                        (batch.query_row_BR, batch.key_row_Bk, batch.key_row_Bk, batch.output_row_BR),
-                        (*layout, output),
-                        strict=True,
-                    )
-                ),
+                of_every_head(batch.query_row_BR, queries.step, queries.first),
+                of_every_head(batch.key_row_Bk, keys.step, keys.first),
+                of_every_head(batch.key_row_Bk, values.step, values.first),
+                of_every_head(batch.output_row_BR, num_kv, 0),
                 batch.mask_BRk,
             )
             for batch in batch_spans(spans, num_tokens, MAX_SCORES // num_heads)

@@ -62,6 +62,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
     add_bos_token, prefix_token_id, tokenizer, chat_template_args, enable_thinking, peft, revision: as for HFLM.
     max_batch_tokens, attention, deterministic, device_map, allow_pickle: as for :class:`fastscore.Scorer`.
     window_tokens: requests are scored together; more than so many tokens of them in sorted portions.
+    cache: a file in which scores are kept and looked up.
     batch_size, max_batch_size: the harness hands them over; without meaning here.
 
     Raises:
@@ -87,6 +88,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
         deterministic: bool = False,
         max_batch_tokens: int | None = None,
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        cache: str | None = None,
         chat_template_args: dict[str, Any] | None = None,
         enable_thinking: bool | None = None,
         batch_size: int | str | None = None,
@@ -108,6 +110,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
             "deterministic": deterministic,
             "max_batch_tokens": max_batch_tokens,
             "window_tokens": window_tokens,
+            "cache": cache,
         }
         self.scorer = _scorer(pretrained, options)
         _check_max_length(max_length, self.scorer.hf_config)
@@ -246,7 +249,7 @@ def _scorer(pretrained: str | Scorer | None, options: dict[str, Any]) -> Scorer:
             options["device"] = "auto"
         scorer = Scorer(pretrained, **options)
         if options["dtype"] == "auto":
-            scorer = Scorer.from_config(replace(scorer.config, dtype=_own_dtype(scorer.hf_config)))
+            scorer = Scorer.from_config(replace(scorer.config, dtype=_own_dtype(scorer.hf_config)), options["cache"])
     if scorer.hf_config.is_encoder_decoder:
         raise InputError(f"{scorer.config.model} is an encoder-decoder: only causal models are evaluated here")
     return scorer

@@ -17,7 +17,7 @@ from fastscore.config import TaskConfig
 from fastscore.rows import RowWriter, read_rows, scored_path
 from fastscore.tasks import expand_row, output_row
 from fastscore.tokenization import PairTokenizer
-from fastscore.types import InputError, Pair, Row
+from fastscore.types import InputError, Pair, Row, is_table
 
 logger = logging.getLogger("fastscore")
 
@@ -95,6 +95,8 @@ def collate_scores(eval_data: str | Path, save_name: str) -> Callable[[Iterable[
     raised again.
     """
     output = scored_path(eval_data, save_name)
+    if is_table(output):
+        raise InputError("saved scores are joined with the rows of a JSON file only", path=str(eval_data))
 
     def collate(query_ids: Iterable[Any], scores: Iterable[Any]) -> None:
         ids, nlls = _plain(query_ids), _plain(scores)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastscore.report.collect import NEGATIVE, POSITIVE, UNLABELLED
+from fastscore.report.definition import with_unit
 from fastscore.report.figures import Figures, Lengths, RankGroup, ScoreBin
 from fastscore.report.run_facts import COMPUTED
 from fastscore.report.words import LABELS, count, number, say_bin, say_group, say_length_bin, size
@@ -68,7 +69,7 @@ class Chart:
     label: str
 
 
-def score_chart(figures: Figures) -> Chart:
+def score_chart(figures: Figures, unit: str) -> Chart:
     """Distributions over shared bins, each as shares of its own kind: negatives are usually many more."""
     totals = {summary.label: summary.count for summary in figures.summaries}
     layers: list[Spec] = []
@@ -96,14 +97,14 @@ def score_chart(figures: Figures) -> Chart:
     layers.append(_hits(values, {"x": {"field": "low"}, "x2": {"field": "high"}}))
     domain = [figures.bins[0].low, figures.bins[-1].high]
     encoding = {
-        "x": _axis("score, nats", domain=domain, nice=False),
+        "x": _axis(with_unit("score", unit), domain=domain, nice=False),
         "y": _axis("share of its kind", format=".0%", tickCount=4),
     }
     medians = ", ".join(f"{LABELS[s.label]}s {number(s.median)}" for s in figures.summaries)
     return _chart(layers, encoding, 250, f"Distribution of scores. Medians: {medians}.")
 
 
-def rank_chart(groups: Sequence[RankGroup], what: str, label: int, num_below: int = 0) -> Chart:
+def rank_chart(groups: Sequence[RankGroup], what: str, unit: str, label: int, num_below: int = 0) -> Chart:
     """Values from the highest to the lowest, as bars from a visible zero line; ``num_below`` of them are below it."""
     last = groups[-1].last
     gap = 0.08 if last <= 60 else 0
@@ -138,7 +139,7 @@ def rank_chart(groups: Sequence[RankGroup], what: str, label: int, num_below: in
     hits = _hits(values, {"x": {"field": "hit_from"}, "x2": {"field": "hit_to"}})
     encoding = {
         "x": _axis("rows, highest first", domain=[0.5, last + 0.5], nice=False, format=",d", tickMinStep=1),
-        "y": _axis(f"{what}, nats", tickCount=5),
+        "y": _axis(with_unit(what, unit), tickCount=5),
     }
     said = f"{what.capitalize()} of {count(last, 'row')}, highest first, "
     said += f"from {number(groups[0].high)} to {number(groups[-1].low)}"
@@ -146,7 +147,7 @@ def rank_chart(groups: Sequence[RankGroup], what: str, label: int, num_below: in
     return _chart([bars, zero, hits], encoding, 230, said)
 
 
-def length_chart(lengths: Lengths) -> Chart:
+def length_chart(lengths: Lengths, unit: str) -> Chart:
     """Single candidates as points, the median of every bin as a line."""
     layers: list[Spec] = []
     shapes: Mapping[int, Spec] = {
@@ -188,7 +189,7 @@ def length_chart(lengths: Lengths) -> Chart:
     scale = {"type": "log"} if log else {"zero": False}
     encoding = {
         "x": _axis("length of the candidate, characters", domain=[low, high], nice=False, **scale),
-        "y": _axis("score, nats", tickCount=5, zero=False),
+        "y": _axis(with_unit("score", unit), tickCount=5, zero=False),
     }
     said = "Length of candidates against their scores"
     if lengths.correlation is not None:

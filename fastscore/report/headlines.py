@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastscore.report.collect import Collected
+from fastscore.report.definition import unit_of, with_unit
 from fastscore.report.figures import Figures
 from fastscore.report.run_facts import PADDED, RunFacts
 from fastscore.report.scored_row import KINDS, RANKED
@@ -28,6 +29,7 @@ def positive_best(collected: Collected) -> int:
 def headlines(collected: Collected, figures: Figures, run: RunFacts) -> list[Headline]:
     """What is known of the file, the most telling first."""
     found = []
+    unit = unit_of(run.task.score)
     ranked, candidates = len(collected.margin_R), len(collected.score_C)
     if ranked:
         best = positive_best(collected)
@@ -35,9 +37,11 @@ def headlines(collected: Collected, figures: Figures, run: RunFacts) -> list[Hea
         found.append(Headline(share(best, ranked), "positive is best", f"{best:,} of {count(ranked, 'row')}{level}"))
     if figures.median_margin is not None:
         note = "best positive minus best negative"
-        found.append(Headline(number(figures.median_margin), "median margin, nats", note))
+        found.append(Headline(number(figures.median_margin), with_unit("median margin", unit), note))
     elif figures.median_lead is not None:
-        found.append(Headline(number(figures.median_lead), "median lead, nats", "best minus second candidate"))
+        found.append(
+            Headline(number(figures.median_lead), with_unit("median lead", unit), "best minus second candidate")
+        )
     found.append(Headline(size(candidates), "scores", f"of {count(collected.rows, 'row')}"))
     if run.saved is not None:
         padded = run.tokens[PADDED]
@@ -56,7 +60,7 @@ def headlines(collected: Collected, figures: Figures, run: RunFacts) -> list[Hea
     return found
 
 
-def lede(collected: Collected) -> str:
+def lede(collected: Collected, run: RunFacts) -> str:
     """The result in a sentence or two."""
     ranked = len(collected.margin_R)
     if not ranked:
@@ -70,8 +74,8 @@ def lede(collected: Collected) -> str:
         said += f", {count(collected.num_level)} of them level with a negative"
     if not collected.num_above:
         return f"{said}. No negative is ahead."
-    worst = -min(collected.margin_R)
-    return f"{said}. In {count(collected.num_above)} a negative is ahead, by {number(worst)} nats at most."
+    worst = with_unit(number(-min(collected.margin_R)), unit_of(run.task.score), " ")
+    return f"{said}. In {count(collected.num_above)} a negative is ahead, by {worst} at most."
 
 
 def kinds(collected: Collected) -> str:

@@ -18,6 +18,7 @@ import fastscore
 from fastscore.report import words
 from fastscore.report.charts import Chart, length_chart, rank_chart, score_chart, token_chart
 from fastscore.report.collect import NEGATIVE, POSITIVE, UNLABELLED, Collected, collect
+from fastscore.report.definition import definitions, unit_of
 from fastscore.report.figures import Figures, figures
 from fastscore.report.headlines import headlines, kinds, lede, positive_best
 from fastscore.report.run_facts import RunFacts, read_run_facts
@@ -74,15 +75,16 @@ def file_report(path: Path, name: str, run: RunFacts, max_upsets: int) -> FileRe
     """Read a file once and draw it."""
     collected = collect(read_rows(path), run.task, max_upsets)
     numbers = figures(collected)
+    unit = unit_of(run.task.score)
     return FileReport(
         name,
         collected,
         numbers,
         run,
-        score_chart(numbers),
-        rank_chart(numbers.margins, "margin", POSITIVE, collected.num_above) if numbers.margins else None,
-        rank_chart(numbers.leads, "lead", UNLABELLED) if numbers.leads else None,
-        length_chart(numbers.lengths) if numbers.lengths else None,
+        score_chart(numbers, unit),
+        rank_chart(numbers.margins, "margin", unit, POSITIVE, collected.num_above) if numbers.margins else None,
+        rank_chart(numbers.leads, "lead", unit, UNLABELLED) if numbers.leads else None,
+        length_chart(numbers.lengths, unit) if numbers.lengths else None,
         token_chart(run.tokens) if run.tokens else None,
     )
 
@@ -116,6 +118,7 @@ def render(reports: Sequence[FileReport]) -> str:
     }
     return environment.get_template("page.html.j2").render(
         reports=reports,
+        definitions=definitions([(report.name, report.run.task.score, report.run.present) for report in reports]),
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),

@@ -9,11 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastscore.config import TaskConfig
+from fastscore.config import ScoreConfig, TaskConfig
+from fastscore.fields import describe
+from fastscore.report.definition import said
 from fastscore.report.words import count, duration, share, size
 from fastscore.rows import read_rows
 from fastscore.run_files import FileJob
-from fastscore.tasks import describe
 from fastscore.templates import parse_template
 from fastscore.types import Row
 
@@ -59,7 +60,8 @@ def read_run_facts(scored: Path) -> RunFacts:
         return RunFacts(path)
     meta = _Meta(next(read_rows(path)))
     rows = meta.number("rows")
-    tokens = {said: found for said, name in _TOKENS.items() if (found := meta.number("stats", name)) is not None}
+    # None where all scores came from the cache: nothing was computed, and nothing is to be compared.
+    tokens = {said: found for said, name in _TOKENS.items() if (found := meta.number("stats", name))}
     speed, timings = _timings(meta)
     return RunFacts(
         path,
@@ -74,7 +76,7 @@ def read_run_facts(scored: Path) -> RunFacts:
             ("device", meta.text("scorer", "device")),
             ("scored", _day(meta.text("started"))),
         ),
-        {said: int(found) for said, found in tokens.items()},
+        {what: int(found) for what, found in tokens.items()},
         speed,
         timings,
         _setup(meta),
@@ -107,11 +109,15 @@ class _Meta:
         """What the run was told of its task, as far as the page needs it."""
         name, template = (self._find(("task", field)) for field in ("task", "template"))
         try:
+            score = ScoreConfig(**(self._find(("task", "score")) or {}))
             if template is not None:
-                parse_template(template)
-            return TaskConfig(task=name, template=template)
+                parse_template(template, target=score.target)
+            config = TaskConfig(task=name, template=template, score=score)
         except (ValueError, TypeError) as error:
             raise self.row.error(f"names no task that this version knows: {error}", "task") from error
+        if score.reduce == "none":
+            raise self.row.error("the scores are lists of tokens, and a report needs numbers", "task.score.reduce")
+        return config
 
     def _find(self, keys: tuple[str, ...]) -> Any:
         found: Any = self.row.data
@@ -129,13 +135,16 @@ def _timings(meta: _Meta) -> tuple[str, Facts]:
         meta.number("stats", name)
         for name in ("seconds", "tokens_computed", "answer_tokens", "pairs", "packs", "pack_tokens")
     )
+    cached = meta.number("stats", "cached")
+    pairs = None if pairs is None else pairs - (cached or 0)
     speed = f"{size(computed / seconds)} tokens/s" if computed and seconds else ""
     facts = _some(
         ("time in the model", duration(seconds) if seconds is not None else ""),
         ("from start to end", _elapsed(meta)),
         ("tokens computed", speed and f"{count(int(computed or 0))}, {speed}"),
         ("answer tokens", f"{count(int(answers))}, {size(answers / seconds)} a second" if answers and seconds else ""),
-        ("pairs", f"{count(int(pairs))}, {size(pairs / seconds)} a second" if pairs and seconds else ""),
+        ("pairs computed", f"{count(int(pairs))}, {size(pairs / seconds)} a second" if pairs and seconds else ""),
+        ("pairs from the cache", count(int(cached)) if cached else ""),
         ("packs", f"{count(int(packs))}, filled to {share(computed, room)}" if packs and computed and room else ""),
     )
     return speed, facts
@@ -159,6 +168,7 @@ def _setup(meta: _Meta) -> Facts:
         ("answer NLL", meta.text("scorer", "answer_nll")),
         ("task", meta.text("task", "task") or meta.text("task", "template") or "each row's own"),
         ("answers", _answers(meta)),
+        ("scores", said(meta.task().score)),
         ("versions", ", ".join([*([f"fastscore {fastscore}"] if fastscore else []), *packages])),
         ("started", _moment(meta.text("started"))),
         ("finished", _moment(meta.text("finished"))),

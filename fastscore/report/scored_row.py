@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastscore.config import TaskConfig
-from fastscore.tasks import describe
+from fastscore.fields import describe
 from fastscore.templates import parse_template
 from fastscore.types import Row
 
@@ -68,7 +68,7 @@ def scored_candidates(row: Row, task: TaskConfig) -> ScoredCandidates:
     scores = _scores(row)
     name = task.task if task.task is not None else row.data.get("task")
     given = {field for field in ("history", "pos", "neg", "choices", "continuation") if row.data.get(field) is not None}
-    if task.template is not None and not parse_template(task.template).has_key:
+    if task.template is not None and not parse_template(task.template, target=task.score.target).has_key:
         found = ScoredCandidates(row, ONE_SCORE, scores, [])
     elif name == "pairs" or (name is None and given == {"continuation"}):
         found = ScoredCandidates(row, ONE_SCORE, scores, [_text(row, "continuation")])
@@ -92,9 +92,14 @@ def scored_candidates(row: Row, task: TaskConfig) -> ScoredCandidates:
 
 def _scores(row: Row) -> list[float]:
     found = row.data.get("teacher_scores")
+    if found is None and (by_field := [row.data.get("pos_scores"), row.data.get("neg_scores")]) != [None, None]:
+        found = [score for scores in by_field if isinstance(scores, list) for score in scores]  # --format bge
     if not isinstance(found, list) or not found:
         what = "missing; expected" if "teacher_scores" not in row.data else f"found {describe(found)}, expected"
-        raise row.error(f"{what} a list of scores: is this an output of fastscore score?", "teacher_scores")
+        raise row.error(
+            f"{what} a list of scores: is this an output of fastscore score, with --format teacher or bge?",
+            "teacher_scores",
+        )
     if not all(map(_is_score, found)):
         index = next(i for i, score in enumerate(found) if not _is_score(score))
         raise row.error(

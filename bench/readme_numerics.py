@@ -1,0 +1,73 @@
+"""The README's sections on how exact scores are, from the files of ``fidelity.py`` and ``invariance.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fidelity import FAST_BF16, FAST_FP32, FAST_INT8, FAST_MODEL, FAST_NARROW, PADDED_BF16, PADDED_UPCAST
+from invariance import DETERMINISTIC
+from readme_words import link, machine, read_result, wrapped
+
+FIDELITY = "fidelity-smollm2-135m-cpu.json"
+INVARIANCE = ("invariance-smollm2-135m-cpu-fp32.json", "invariance-smollm2-135m-cpu-bf16.json")
+
+MEANING = {
+    FAST_FP32: "fastscore, fp32",
+    FAST_BF16: "fastscore, bf16",
+    FAST_NARROW: "fastscore, bf16, `--residual model`",
+    FAST_MODEL: "fastscore, bf16, `--forward model`",
+    FAST_INT8: "fastscore, `--quantize int8`",
+    PADDED_BF16: "padded batches, bf16, as the reference system",
+    PADDED_UPCAST: "padded batches, bf16, logits in fp32",
+}
+
+
+def fidelity(folder: Path) -> str:
+    """How far low-precision scores are from the truth."""
+    report = read_result(folder, FIDELITY)
+    if report is None:
+        return "Distance from the truth has not been measured yet (`python bench/fidelity.py`)."
+    task = report["workload"]
+    lines = [
+        wrapped(
+            f"**Distance from the truth.** `python bench/fidelity.py --queries {task['queries']}`: {task['queries']} "
+            f"Natural Questions queries with 16 passages each ({task['pairs']:,} pairs, {task['answer_tokens']:,} "
+            f"answer tokens) with {report['model']}; {machine(report['environment'])}. The truth is each pair alone, "
+            "unpadded, in plain transformers in fp32. Nats; tau is Kendall's, the mean over queries; the last column "
+            f"says how often another candidate became the best ({link(FIDELITY)}):"
+        ),
+        "",
+        "| | per token, mean | per pair, mean | per pair, largest | tau | best changed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in report["contenders"].items():
+        token, pair = values["nats_per_answer_token"], values["nats_per_pair"]
+        lines.append(
+            f"| {MEANING.get(name, name)} | {token['mean']:.3g} | {pair['mean']:.3g} | {pair['max']:.3g} | "
+            f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
+        )
+    return "\n".join(lines)
+
+
+def invariance(folder: Path) -> str:
+    """Whether scores depend on what else is in the file."""
+    reports = [(name, report) for name in INVARIANCE if (report := read_result(folder, name)) is not None]
+    if not reports:
+        return "How much scores depend on their neighbours has not been measured yet (`python bench/invariance.py`)."
+    first = reports[0][1]
+    lines = [
+        wrapped(
+            f"**Neighbours.** `python bench/invariance.py`: {first['spread_nats'][DETERMINISTIC]['compositions']} "
+            f"random choices, orders and budgets of the same {first['requests']} requests with {first['model']}; "
+            f"{machine(first['environment'])}. The largest difference that any two made to an answer token, in nats, "
+            f"and how long `--deterministic` takes ({', '.join(link(name) for name, _ in reports)}):"
+        ),
+        "",
+        "| | by default | `--deterministic` | its time as a multiple of the default's |",
+        "| --- | --- | --- | --- |",
+    ]
+    for _, report in reports:
+        default, fixed = (report["spread_nats"][name]["largest_spread"] for name in ("fastscore", DETERMINISTIC))
+        cost = report["cost"]["deterministic_times_default"]
+        lines.append(f"| {report['dtype']} | {default:.1e} | {fixed:.0g} | {cost:.2f} |")
+    return "\n".join(lines)

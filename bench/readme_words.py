@@ -1,0 +1,58 @@
+"""What the README's measured sections have in common: files of results, and how machines and ratios are told."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """A file of results; None where it is absent."""
+    path = folder / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def machine(where: Mapping[str, Any]) -> str:
+    """What it was measured on."""
+    versions = where["versions"]
+    device = where["gpus"][0]["name"] if where["gpus"] else f"{where['cpu']}, {where['threads']} threads"
+    # One that waits for its threads is counted, too: less than one process for each core is a machine at rest.
+    busy = f", load average {where['load_average']:.1f} at the beginning" if "load_average" in where else ""
+    commit = where["commit"][:10] + (" with changes" if where["dirty"] else "")
+    return (
+        f"{device}{busy}, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}, "
+        f"{where['date'][:10]}"
+    )
+
+
+def file_name(task: Mapping[str, Any]) -> str:
+    """A file of the shared data in words."""
+    return task["source"].replace("nq_qa.jsonl", "Natural Questions").replace("logiqa_mc.jsonl", "LogiQA")
+
+
+def amount(task: Mapping[str, Any]) -> str:
+    """How much of a file."""
+    return f"{task['queries']} queries of {file_name(task)} ({task['pairs']} pairs)"
+
+
+def ratio(values: Mapping[str, Any]) -> str:
+    """How many times fastscore's time, by medians and (from, to) by rounds."""
+    if "times_fastscore" not in values:
+        return "not timed: its scores differ"
+    by_round = values["times_fastscore_by_round"]
+    if min(by_round) == max(by_round) == 1:
+        return "1"
+    return f"{values['times_fastscore']:.3g} ({min(by_round):.3g}-{max(by_round):.3g})"
+
+
+def wrapped(text: str) -> str:
+    """As a paragraph of the README."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def link(name: str) -> str:
+    """To a file of results."""
+    return f"[{name}](bench/results/{name})"

@@ -1,0 +1,84 @@
+"""Signals that end a run, sent to this very process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from fastscore.interrupts import Interrupted, ended_by_signals, held_back
+
+
+def send(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_at_once_where_nothing_is_in_flight(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stopped, ended_by_signals():  # noqa: PT012
+        send(number)
+        pytest.fail("went on")
+    assert (stopped.value.signum, stopped.value.at_once) == (number, False)
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_in_flight_is_finished() -> None:
+    done = []
+    with pytest.raises(Interrupted) as stopped, ended_by_signals():  # noqa: PT012
+        with held_back():
+            with held_back():
+                send(signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        done.append("after")
+    assert (done, stopped.value.signum, stopped.value.at_once) == (["inner", "outer"], signal.SIGINT, False)
+    with ended_by_signals(), held_back():
+        pass  # nothing is left of it
+
+
+def test_the_second_signal_ends_what_is_in_flight() -> None:
+    done = []
+    with pytest.raises(Interrupted) as stopped, ended_by_signals(), held_back():  # noqa: PT012
+        send(signal.SIGINT)
+        done.append("one")
+        send(signal.SIGTERM)
+        done.append("two")
+    assert (done, stopped.value.signum, stopped.value.at_once) == (["one"], signal.SIGTERM, True)
+
+
+def test_an_error_in_flight_is_told_instead() -> None:
+    with pytest.raises(ZeroDivisionError), ended_by_signals(), held_back():  # noqa: PT012
+        send()
+        raise ZeroDivisionError
+
+
+def test_signals_that_are_ignored_or_handled_stay_so() -> None:
+    seen: list[int] = []
+    handlers: dict[int, Any] = {signal.SIGHUP: signal.SIG_IGN, signal.SIGTERM: lambda number, _: seen.append(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        with ended_by_signals():
+            send(signal.SIGHUP)
+            send(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [signal.SIGTERM]
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    found: list[Any] = []
+
+    def work() -> None:
+        with ended_by_signals(), held_back():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def assert_ended_well(ended: Ended, statuses: Sequence[int] = STATUSES, seconds:
     assert ended.status in statuses, ended
     assert "Traceback" not in ended.err, ended.err
     assert ended.seconds < seconds
-    if ended.status and "Usage: fastscore" not in ended.err:
+    if ended.status and not re.search("Usage: fastscore|─ Error ─", ended.err + ended.out):
         errors = [line for line in ended.err.splitlines() if line.startswith("fastscore: ")]
         assert len(errors) == ended.err.count("\n") == 1, ended.err
     assert "\x1b" not in ended.err

@@ -41,6 +41,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "query": TEXTS,
     "context": TEXTS,
     "continuation": TEXTS,
+    **dict.fromkeys(("prompt", "chosen", "rejected"), TEXTS),
     "answer": TEXTS,
     **dict.fromkeys(("answers", "pos", "neg", "history", "choices"), st.lists(TEXTS, min_size=1, max_size=3)),
     **dict.fromkeys(("query_inputs", "context_inputs", "answer_inputs"), TOKEN_IDS),
@@ -56,6 +57,7 @@ FIELDS = {
     "lrlm": ("score_inputs", "context_inputs", "query_inputs", "answer_inputs"),
     "pairs": ("context", "continuation"),
     "choices": ("context", "choices"),
+    "preference": ("prompt", "chosen", "rejected"),
 }
 
 
@@ -65,10 +67,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Names of models come from a random generator here."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("FASTSCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTSCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def score(place: Path, data: bytes, *options: str | Path, seconds: float = 20) -
     top = place.parent.parent
     (place / "rows").write_bytes(data)
     before = tree(top)
-    ended = run("score", "rows", "-o", "out", "-q", "--dtype", "fp32", *options)
+    ended = run("score", "rows", "-o", "out", "-q", "--no-cache", "--dtype", "fp32", *options)
     assert_ended_well(ended, (0, 2), seconds)
     after = tree(top)
     new = {name for name in after if before.get(name) != after[name]}
@@ -94,7 +96,8 @@ def score(place: Path, data: bytes, *options: str | Path, seconds: float = 20) -
     assert before.keys() <= after.keys()
     rows, errors = (read(place / name) for name in ("out", "out.errors.jsonl"))
     for row in rows:
-        assert all(type(score) is float and score <= 0 for score in row["teacher_scores"])
+        scores = row.get("teacher_scores") or [row["ref_chosen_logps"], row["ref_rejected_logps"]]
+        assert all(type(score) is float and score <= 0 for score in scores)
     for name in OUTPUTS:
         (place / name).unlink(missing_ok=True)
     return ended.status, rows, errors
@@ -212,14 +215,16 @@ OPTIONS = {
     **dict.fromkeys(("--dtype", "--quantize", "--device", "--attention", "--forward", "--residual"), ANY_TEXT),
     **dict.fromkeys(("--answers", "--combine", "--overflow", "--on-error", "--task", "--revision"), ANY_TEXT),
     **dict.fromkeys(("--adapter", "--model", "-m", "--device-map", "--save-name"), ANY_TEXT),
+    **dict.fromkeys(("--target", "--reduce", "--baseline", "--normalize", "--format", "--system-prompt"), ANY_TEXT),
     **dict.fromkeys(
-        ("--seed", "--key-max-length", "--max-batch-tokens", "--window-tokens"),
+        ("--seed", "--key-max-length", "--max-batch-tokens", "--window-tokens", "--temperature", "--max-length"),
         st.integers().map(str) | st.sampled_from(["1", str(2**63), str(10**30), "1e3", "-0", "０", "0x10"]) | ANY_TEXT,
     ),
     "-o": st.sampled_from(
         ["../o", "o/../o", "none/o", ".", "..", "/", "rows", "o" * 300, "o\0", "o\n", "~", "-", "o.gz"]
     ),
-    "--device-": st.just("cuda:99"),
+    "--negatives": st.integers().map(str),
+    "--cache": st.sampled_from(["../c", "none/c", ".", "/", "rows", "c" * 300, "c\0", "~", "", "c", "/dev/null"]),
 }
 KNOWN = {
     "--device": ["cpu", "cuda", "cuda:99", "meta", "mps", "xpu", "cpu:7", ""],
@@ -234,8 +239,18 @@ KNOWN = {
     "--forward": ["own", "model"],
     "--residual": ["fp32", "model"],
     "--overflow": ["truncate-left"],
+    "--target": ["query"],
+    "--reduce": ["sum", "none", "byte"],
+    "--baseline": ["no-context"],
+    "--normalize": ["softmax"],
+    "--temperature": ["nan", "inf", "1e-300", "1e308", "-1", "0"],
+    "--format": ["bge", "pairs", "sentence-transformers-triplets", "sentence-transformers-lists"],
     "--save-name": ["../x", "..", "a/b", "x" * 300],
 }
+
+
+FLAGS = ["--deterministic", "--trust-remote-code", "--allow-pickle", "--append-eos", "--keep-raw", "--no-cache"]
+FLAGS += ["--chat-template", "rows"]
 
 
 @settings(HARMLESS, max_examples=150)
@@ -248,9 +263,7 @@ def test_options(data: st.DataObject, place: Path, model: Path) -> None:
         if name in KNOWN and data.draw(st.booleans()):
             values = st.sampled_from(KNOWN[name])
         arguments += [name, data.draw(values)]
-    arguments += data.draw(
-        st.lists(st.sampled_from(["--deterministic", "--trust-remote-code", "--allow-pickle", "rows"]))
-    )
+    arguments += data.draw(st.lists(st.sampled_from(FLAGS)))
     row = {"query": "where", "answers": ["the town", "42"], "pos": ["The old town."], "neg": ["42"], "task": "qa"}
     (place / "rows").write_bytes(lines([row]))
     top = place.parent.parent
@@ -262,9 +275,9 @@ def test_options(data: st.DataObject, place: Path, model: Path) -> None:
     assert before.keys() <= after.keys()
     assert after["a/b/rows"] == before["a/b/rows"]
     if ended.status != 0:
-        assert new == set()
-    elif "-o" not in names:
-        assert len(new) == 2, new
+        assert {name for name in new if "cache.sqlite" not in name and not name.endswith("/c")} == set()
+    elif not {"-o", "--cache"} & set(names):
+        assert len(new) == (2 if "--no-cache" in arguments else 3), new
         assert all(name.startswith("a/b/rows.scored.") for name in new)
     for name in new:
         (top / name).unlink()
@@ -276,7 +289,7 @@ COMMANDS = [
     "report",
     "doctor",
     "cache",
-    "cache stats",
+    "cache info",
     "cache prune",
     "--eval_data",
     "--version",

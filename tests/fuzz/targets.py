@@ -61,6 +61,8 @@ def _through_every_task(row: Row) -> None:
                 num_pairs = validate_row(row, config)
             except InputError:
                 continue
+            if task == "preference":  # tokenised at once
+                continue
             made = expand_row(row, config, list)
             assert len(made.pairs) == num_pairs == made.num_candidates * made.num_answers
             assert num_pairs > 0

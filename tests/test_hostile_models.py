@@ -23,7 +23,7 @@ from fastscore.model_source import embedded_gguf
 
 ROW = {"query": "where", "answers": ["the town"], "pos": ["The old town."], "neg": ["42"], "task": "qa"}
 HARMLESS = settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
@@ -210,7 +210,7 @@ SETTINGS = {
 }
 
 
-@settings(HARMLESS, max_examples=80)
+@settings(HARMLESS, max_examples=40)
 @given(file_and_name=st.sampled_from([(file, name) for file, names in SETTINGS.items() for name in names]), value=JUNK)
 def test_settings_that_make_no_sense(file_and_name: tuple[str, str], value: Any, llama: Path, work: Path) -> None:
     file, name = file_and_name

@@ -19,7 +19,7 @@ from tiny_models import make_tiny_model
 from fastscore.config import TASKS
 
 HARMLESS = settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -122,7 +122,7 @@ def rows_of(draw: st.DrawFn, task: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_of_every_task(task: str, model: Path, place: Path) -> None:
-    @settings(HARMLESS, max_examples=25)
+    @settings(HARMLESS, max_examples=10)
     @given(rows=st.lists(rows_of(task) | ANY_JSON, min_size=1, max_size=4), how=st.sampled_from(["fail", "skip"]))
     def check(rows: list[Any], how: str) -> None:
         status, scored, bad = score(place, lines(rows), "-m", model, "--task", task, "--on-error", how)
@@ -133,7 +133,7 @@ def test_rows_of_every_task(task: str, model: Path, place: Path) -> None:
     check()
 
 
-@settings(HARMLESS, max_examples=80)
+@settings(HARMLESS, max_examples=40)
 @given(data=st.data())
 def test_bytes_that_are_no_rows(data: st.DataObject, place: Path, model: Path) -> None:
     whole = lines([{"query": "where", "answers": ["the town"], "pos": ["The old town."], "task": "qa"}] * 3)
@@ -253,7 +253,7 @@ FLAGS = ["--deterministic", "--trust-remote-code", "--allow-pickle", "--append-e
 FLAGS += ["--chat-template", "rows"]
 
 
-@settings(HARMLESS, max_examples=150)
+@settings(HARMLESS, max_examples=50)
 @given(data=st.data())
 def test_options(data: st.DataObject, place: Path, model: Path) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(OPTIONS)), min_size=1, max_size=3))
@@ -297,7 +297,7 @@ COMMANDS = [
 ]
 
 
-@settings(HARMLESS, max_examples=80)
+@settings(HARMLESS, max_examples=40)
 @given(
     command=st.sampled_from(COMMANDS),
     arguments=st.lists(

@@ -68,7 +68,7 @@ def write(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_damaged_tables_are_read_or_refused(kind: str, tmp_path: Path) -> None:
     whole = write(tmp_path / f"whole.{'parquet' if kind == 'parquet' else 'arrow'}", kind)
-    number = 300
+    number = 200
     command = [sys.executable, "-c", DAMAGE, str(whole), str(number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-2000:]}"

@@ -62,10 +62,10 @@ finally:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Five times the rows, each file many windows long; the larger one has 50 MB of text that is only carried along."""
+    """Five times the rows, each file many windows long; 25 MB of text are only carried along."""
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
     peaks = []
-    for number in (2_000, 10_000):
+    for number in (1_000, 5_000):
         rows = tmp_path / f"{number}.jsonl"
         rows.write_text(lines(number).replace('{"query_id"', '{"pad": "' + "x" * 5_000 + '", "query_id"'))
         done = subprocess.run(
@@ -75,4 +75,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(int(done.stdout) / 1024)
         with open(tmp_path / f"{number}.scored.model.jsonl", encoding="utf-8") as scored:
             assert sum(1 for _ in scored) == number
-    assert peaks[1] - peaks[0] < 16, f"{peaks} MB"
+    assert peaks[1] - peaks[0] < 12, f"{peaks} MB"

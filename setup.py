@@ -21,6 +21,7 @@ EXTRAS = {
     "tables": ["pyarrow>=21"],  # Parquet and Arrow files
     "quantize": ["torchao>=0.18,<1"],
     "lm-eval": ["lm-eval==0.4.13", ACCELERATE],  # one version: the model class is made of the harness's own HFLM
+    "ray": ["ray[data]>=2.50,<3"],
     "report": ["jinja2>=3.1,<4", "vl-convert-python>=1.9,<2"],
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
     "fuzz": ["atheris>=2.3,<4; platform_system == 'Linux'"],  # tests/fuzz/
@@ -36,6 +37,7 @@ EXTRAS["dev"] = [
     *EXTRAS["all"],
     *EXTRAS["bench"],
     *EXTRAS["lm-eval"],
+    *EXTRAS["ray"],
     "hypothesis>=6.130",
     "mypy>=1.15",
     "pytest>=8.3",

@@ -1,14 +1,17 @@
-"""The README's sections on how exact scores are, from the files of ``fidelity.py`` and ``invariance.py``."""
+"""How exact scores are, for the README and docs/numerics.md, from ``fidelity.py`` and ``invariance.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from contenders import NO_TREE
 from fidelity import FAST_BF16, FAST_FP32, FAST_INT8, FAST_MODEL, FAST_NARROW, PADDED_BF16, PADDED_UPCAST
 from invariance import DETERMINISTIC
 from readme_words import link, machine, read_result, wrapped
 
 FIDELITY = "fidelity-smollm2-135m-cpu.json"
+SHARING = "prefix-sharing-smollm2-135m-cpu-bf16.json"
+TAILS = ("mean", "p99", "max")
 INVARIANCE = ("invariance-smollm2-135m-cpu-fp32.json", "invariance-smollm2-135m-cpu-bf16.json")
 
 MEANING = {
@@ -47,6 +50,46 @@ def fidelity(folder: Path) -> str:
             f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
         )
     return "\n".join(lines)
+
+
+def fidelity_in_full(folder: Path) -> str:
+    """The same for docs/numerics.md, with the tails."""
+    report = read_result(folder, FIDELITY)
+    if report is None:
+        return "Distance from the truth has not been measured yet (`python bench/fidelity.py`)."
+    task = report["workload"]
+    lines = [
+        wrapped(
+            f"`python bench/fidelity.py --queries {task['queries']}`: {task['pairs']:,} pairs, "
+            f"{task['answer_tokens']:,} answer tokens, {report['model']}; "
+            f"{machine(report['environment'])} ({link(FIDELITY, '../')}). Absolute "
+            "differences from the truth in nats, Kendall's tau over the candidates of a query (mean), and in how many "
+            "queries another candidate became the best:"
+        ),
+        "",
+        "| | per token, mean | 99% below | largest | per pair, mean | 99% below | largest | tau | best changed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in report["contenders"].items():
+        figures = [values[part][key] for part in ("nats_per_answer_token", "nats_per_pair") for key in TAILS]
+        lines.append(
+            f"| {MEANING.get(name, name)} | {' | '.join(f'{figure:.3g}' for figure in figures)} | "
+            f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
+        )
+    return "\n".join(lines)
+
+
+def moved_by_sharing(folder: Path) -> str:
+    """What computing shared prefixes once does to scores that are rounded."""
+    report = read_result(folder, SHARING)
+    if report is None:
+        return "What sharing does to scores has not been measured yet (`python bench/prefix_sharing.py`)."
+    moved = report["files"][0]["contenders"][NO_TREE]["difference_from_fastscore"]
+    return wrapped(
+        f"`python bench/prefix_sharing.py`, in bf16: computing shared prefixes once instead of again for each pair "
+        f"moved log-probabilities of answer tokens on Natural Questions by {moved['mean']:.3f} nats in the mean and "
+        f"{moved['max']:.3f} at most ({link(SHARING, '../')}). Neither of the two is the truth."
+    )
 
 
 def invariance(folder: Path) -> str:

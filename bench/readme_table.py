@@ -1,4 +1,4 @@
-"""Writes the README's measured tables from the files in ``results/``: ``python bench/readme_table.py``.
+"""Writes the measured tables of README and guides from the files in ``results/``: ``python bench/readme_table.py``.
 
 What stands between ``<!-- measured: NAME -->`` and ``<!-- end of measured: NAME -->`` is made by the function of that
 name below, from its files alone, and says on what they were measured. Where a file is absent, so does the README.
@@ -19,14 +19,13 @@ from contenders import NO_TREE, OURS, PADDED, TUNED
 from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
-from readme_numerics import fidelity, invariance
+from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
-README = ROOT / "README.md"
+README, NUMERICS = ROOT / "README.md", ROOT / "docs" / "numerics.md"
 RESULTS = ROOT / "bench" / "results"
 END_TO_END = "end-to-end-smollm2-135m-cpu-bf16.json"
-SHARING = "prefix-sharing-smollm2-135m-cpu-bf16.json"
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
 GPU = "gpu-end-to-end.json"
 
@@ -186,18 +185,22 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "invariance": invariance,
     "gpu": gpu,
 }
+DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
+    README: SECTIONS,
+    NUMERICS: {"fidelity in full": fidelity_in_full, "moved by sharing": moved_by_sharing},
+}
 
 
-def rewritten(text: str, folder: Path = RESULTS) -> str:
-    """The README's text with every section as the files in the folder give it.
+def rewritten(text: str, folder: Path = RESULTS, sections: dict[str, Callable[[Path], str]] = SECTIONS) -> str:
+    """A document's text with every section as the files in the folder give it.
 
     Raises:
         ValueError: a section has no place, or more than one.
     """
-    for name, section in SECTIONS.items():
+    for name, section in sections.items():
         begin, end = f"<!-- measured: {name} -->", f"<!-- end of measured: {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"the README needs {begin} and {end} once each")
+            raise ValueError(f"the document needs {begin} and {end} once each")
         made = f"{begin}\n{section(folder)}\n{end}"
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, made=made: made, text, flags=re.DOTALL)
     return text
@@ -207,14 +210,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    before = README.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if options.check:
-        if before != after:
-            print("README.md does not say what bench/results/ says: python bench/readme_table.py", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for path, sections in DOCUMENTS.items():
+        before = path.read_text(encoding="utf-8")
+        after = rewritten(before, sections=sections)
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            print(f"{path.name} does not say what bench/results/ says: python bench/readme_table.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

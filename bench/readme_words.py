@@ -53,6 +53,6 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def link(name: str) -> str:
-    """To a file of results."""
-    return f"[{name}](bench/results/{name})"
+def link(name: str, top: str = "") -> str:
+    """To a file of results, from a document to which the top of the checkout is ``top``."""
+    return f"[{name}]({top}bench/results/{name})"

@@ -282,7 +282,13 @@ def is_damage(error: sqlite3.Error) -> bool:
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as :class:`DamagedCache`, or as OSError that names the file."""
+    """SQLite's errors as those of this room.
+
+    Raises:
+        DamagedCache: the file is no database, or a broken one.
+        InputError: it cannot be opened or written, for want of rights.
+        OSError: naming the file: the disk is full, another process holds it, or reading failed.
+    """
     try:
         yield
     except sqlite3.Error as error:

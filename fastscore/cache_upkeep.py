@@ -45,6 +45,7 @@ class CacheInfo:
 
     @property
     def entries(self) -> int:
+        """Scores of all models."""
         return sum(model.entries for model in self.models)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
 from fastscore import __version__, cli_bench, cli_cache, cli_lm_eval, cli_report, cli_score
 from fastscore.cli_options import NO_VALUE
+from fastscore.launched import as_one_run
 
 app = typer.Typer(
     name="fastscore",
@@ -26,16 +28,20 @@ app.add_typer(cli_cache.app, name="cache")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program; ends with SystemExit."""
+    """Run the program; ends with SystemExit. Started by torchrun, all processes run it as one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    as_one_run(partial(_program, arguments))
+
+
+def _program(arguments: list[str], open_scorer: Any) -> None:
     if arguments and arguments[0].startswith("-"):
         from fastscore.run_lm_score import has_own_flags
         from fastscore.run_lm_score import main as run_lm_score
 
         if has_own_flags(arguments):
-            run_lm_score(arguments)
+            run_lm_score(arguments, open_scorer)
             raise SystemExit(0)
-    app(args=arguments, prog_name="fastscore")
+    app(args=arguments, prog_name="fastscore", obj=open_scorer)
 
 
 def _show_version(value: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastscore import cli_definitions as definition
+from fastscore import cli_engine
 from fastscore import cli_options as opt
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS, FORMATS
 
@@ -23,6 +24,7 @@ EPILOG = """[bold]Examples[/bold]
 
 
 def score(
+    context: typer.Context,
     inputs: opt.Inputs,
     output: Annotated[
         Path | None,
@@ -109,6 +111,9 @@ def score(
     forward: opt.ForwardHow = "auto",
     residual: opt.ResidualType = "auto",
     compiled: opt.Compiled = False,
+    engine: cli_engine.Engine = "local",
+    num_workers: cli_engine.NumWorkers = None,
+    gpus_per_worker: cli_engine.GpusPerWorker = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Score every candidate of every row: how likely does it make the answer?
@@ -117,6 +122,7 @@ def score(
 in the order pos + neg. At most 0; higher is better. The options under "What a score is" ask for other definitions.
     """
     options = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    del options["context"]
     options["inputs"] = [str(path) for path in inputs]
     # Not before --help has been printed.
     from fastscore.output_formats import make_format
@@ -129,7 +135,8 @@ in the order pos + neg. At most 0; higher is better. The options under "What a s
         name = file_safe(model) if save_name is None else save_name
         jobs = plan_jobs(inputs, output, name, cache=cache, no_cache=no_cache)
         terminal = Terminal(quiet)
-        with terminal.live():
+        where = cli_engine.chosen_engine(engine, num_workers, gpus_per_worker, context.obj)
+        with terminal.live(), where as open_scorer:
             tally = run_files(
                 jobs,
                 scorer_config,
@@ -137,6 +144,7 @@ in the order pos + neg. At most 0; higher is better. The options under "What a s
                 reporter=terminal,
                 skip_bad_rows=skip_bad_rows,
                 options=options,
+                open_scorer=open_scorer,
                 output_format=make_format(output_format, negatives),
             )
         terminal.summary(tally, jobs)

@@ -55,6 +55,10 @@ class ScorerConfig:
     model: alias (``smollm2-135m``), Hugging Face hub id, local folder, or a ``.gguf`` file.
     dtype: ``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32.
     device: ``auto`` is the first CUDA device when there is one, otherwise the CPU.
+    revision, cache_dir: which version from the hub, and where it is kept; None for the newest, in Hugging Face's cache.
+    adapter: LoRA adapter (hub id or folder) that is folded into the weights.
+    trust_remote_code: run Python code that comes with the model.
+    device_map: spread the model over devices, as accelerate names them (``auto``, say).
     attention: name of an attention provider, or ``auto`` for the first one that can run the model.
     forward: whose layers run: ``auto`` is fastscore's own forward pass where it knows the model's layers and agrees
         with them, otherwise the model's; ``own`` insists; ``model`` is always the model's.
@@ -67,7 +71,10 @@ class ScorerConfig:
     window_tokens: rows are scored together until they have this many tokens; prefixes are shared within a window.
     share_prefixes: False computes every request by itself, for comparison.
     deterministic: scores are bitwise the same whatever else is in the file, at a cost in speed.
-    overflow: what to do with a prompt that does not fit the model's context with its answer.
+    overflow: what to do with a prompt that does not fit the model's context with its answer: ``error``, or
+        ``truncate-left``, which drops the prompt's first tokens.
+
+    A value that none of them allows raises ValueError.
     """
 
     model: str = DEFAULT_MODEL
@@ -166,6 +173,8 @@ class TaskConfig:
     system_prompt: a system message before it.
     max_length: task preference: prompt and answer are cut to this many tokens at their end, as TRL does it.
     score: what a score is.
+
+    A value that none of them allows raises ValueError.
     """
 
     task: str | None = None

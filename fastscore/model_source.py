@@ -34,6 +34,7 @@ class ModelSource:
 
     @property
     def path(self) -> str:
+        """The hub id, the folder, or the GGUF file."""
         return os.path.join(self.name_or_path, self.gguf_file) if self.gguf_file else self.name_or_path
 
 
@@ -116,6 +117,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Reading GGUF takes many times longer than reading safetensors. Two processes may do this at once: each converts
     into a folder of its own, and the first to rename wins.
+
+    Raises:
+        InputError: the GGUF file cannot be read, what reads it is not installed, or the cache cannot be written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -167,7 +167,11 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device when there is one, otherwise the CPU."""
+    """``auto`` is the first CUDA device when there is one, otherwise the CPU.
+
+    Raises:
+        InputError: a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -186,6 +190,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def native_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # Apple's builds have no mkldnn

@@ -49,6 +49,7 @@ class PrefixTree:
 
     @property
     def num_tokens(self) -> int:
+        """U, the tokens that a model has to read."""
         return len(self.token_ids_U)
 
 

@@ -185,7 +185,11 @@ class WholeFile:
         return stat.S_IMODE(found.st_mode)
 
     def write_bytes(self, data: bytes) -> None:
-        """Add these bytes."""
+        """Add these bytes.
+
+        Raises:
+            RuntimeError: before or after the with block.
+        """
         if self._out is None:
             raise RuntimeError(f"{type(self).__name__} writes inside its with block only")
         self._out.write(data)

@@ -23,6 +23,8 @@ from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
 from fastscore.tasks import validate_row
 from fastscore.types import InputError, Row, RunStats, ScoredRow
 
+OpenScorer = Callable[[ScorerConfig], Any]
+"""Makes what scores: a Scorer, or several that look like one."""
 _REPORT_EVERY_ROWS = 1000
 
 
@@ -124,6 +126,7 @@ def run_files(
     skip_bad_rows: bool = False,
     options: Mapping[str, Any] | None = None,
     on_row: Callable[[Row], None] | None = None,
+    open_scorer: OpenScorer | None = None,
     output_format: OutputFormat | None = None,
 ) -> Tally:
     """Run the jobs one after another with one model; rows are written in the ``output_format`` (``teacher``).
@@ -153,7 +156,7 @@ def run_files(
 
     reporter.scoring(total_pairs)
 
-    scorer = fastscore.Scorer.from_config(scorer_config)
+    scorer = (open_scorer or fastscore.Scorer.from_config)(scorer_config)
     total = Tally(stats=scorer.stats)
     for job, output in zip(jobs, outputs, strict=True):
         tally = _run_job(job, output, scorer, task_config, reporter, skip_bad_rows)

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.integrations.upstream import collate_scores, load_scores, process_lm_scoring
-from fastscore.run_files import plan_jobs, run_files
+from fastscore.launched import as_one_run
+from fastscore.run_files import OpenScorer, plan_jobs, run_files
 from fastscore.terminal import Terminal, exit_status
 from fastscore.types import InputError, Row
 
@@ -40,13 +41,13 @@ WITHOUT_MEANING = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the reference system's flags.
+def main(argv: Sequence[str] | None = None, open_scorer: OpenScorer | None = None) -> None:
+    """Run with the reference system's flags. ``open_scorer`` as for :func:`fastscore.run_files.run_files`.
 
     Raises:
         SystemExit: something went wrong and was told: status 2 for bad input, 1 for a run that failed.
     """
-    if status := exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv))):
+    if status := exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv), open_scorer)):
         raise SystemExit(status)
 
 
@@ -56,7 +57,7 @@ def has_own_flags(arguments: Sequence[str]) -> bool:
     return any(argument.partition("=")[0] in known for argument in arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], open_scorer: OpenScorer | None) -> None:
     args = _parser().parse_args(arguments)
     eval_data = _resolve(args.eval_data, args.data_root)
     terminal = Terminal()
@@ -76,6 +77,7 @@ def _run(arguments: list[str]) -> None:
             reporter=terminal,
             options={name: value for name, value in vars(args).items() if value is not None},
             on_row=_SeveralAnswers().see,
+            open_scorer=open_scorer,
         )
     terminal.summary(tally, jobs)
 
@@ -183,4 +185,4 @@ def _parser() -> _Parser:
 
 
 if __name__ == "__main__":
-    main()
+    as_one_run(lambda open_scorer: main(open_scorer=open_scorer))

@@ -28,6 +28,7 @@ class Sample:
 
     @property
     def seconds_per_token(self) -> float:
+        """Mean over the tokens of the sample."""
         return sum(self.seconds) / sum(self.tokens)
 
     def half_width(self, packs: int) -> float | None:

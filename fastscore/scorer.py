@@ -48,7 +48,8 @@ class Scorer:
 
     Args are those of :class:`fastscore.config.ScorerConfig`, and ``cache``, a file in which scores are kept and looked
     up (see :mod:`fastscore.cache`; it is made where there is none). The tokenizer and the model's config are read
-    here, so that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`.
+    here, so that a wrong name fails at once; the weights are loaded when first needed, or by :meth:`load`. ``stats``
+    counts what was scored; ``tokenizer`` and ``hf_config`` are Hugging Face's, ``model_path`` is where the model lies.
 
     Raises:
         ValueError: a bad argument, or (as ``InputError``) a model that is not there. What scores raises it too when the
@@ -124,7 +125,7 @@ class Scorer:
 
     @classmethod
     def from_config(cls, config: ScorerConfig, cache: str | Path | None = None) -> Scorer:
-        """A scorer from a frozen config."""
+        """A scorer from a frozen ``config``, with ``cache`` as for the class; raises as the class does."""
         options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
         return cls(**options, cache=cache)
 
@@ -147,7 +148,7 @@ class Scorer:
         """A scorer around a Hugging Face model that is in memory already, where it is and in its dtype.
 
         The model is changed: its attention runs packs from now on, and weights that are multiplied together become
-        parts of one.
+        parts of one. ``tokenizer`` is the model's, other arguments are those of :class:`fastscore.config.ScorerConfig`.
 
         Raises:
             ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
@@ -182,7 +183,7 @@ class Scorer:
         return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
-        """Score text pairs ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
+        """Score text ``pairs`` ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
 
         Raises:
             InputError: a pair without a scorable answer, or one that does not fit the model's context.
@@ -192,9 +193,9 @@ class Scorer:
     def score_tokens(
         self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], on_progress: Progress | None = None
     ) -> list[AnswerScore]:
-        """Score token-id pairs ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
+        """Score token-id ``pairs`` ``(prompt_ids, answer_ids)``, used as they are: nothing is added.
 
-        Each may be a list, an array or a tensor of one dimension.
+        Each may be a list, an array or a tensor of one dimension. ``on_progress`` gets the counters so far.
 
         Raises:
             InputError: as for :meth:`score`, or an id outside the vocabulary.
@@ -208,7 +209,7 @@ class Scorer:
         *,
         on_progress: Progress | None = None,
     ) -> list[AnswerScore]:
-        """Score requests that were tokenised before. Where ``plan`` is given they were planned too, and no cache is
+        """Score ``requests`` that were tokenised before. Where ``plan`` is given they were planned too, and no cache is
         asked.
 
         Raises:
@@ -232,7 +233,7 @@ class Scorer:
         max_length: int | None = None,
         score: ScoreConfig | None = None,
     ) -> list[dict[str, Any]]:
-        """Rows as dictionaries (see :mod:`fastscore.tasks`), back with ``teacher_scores`` added.
+        """``rows`` as dictionaries, with ``teacher_scores``; the rest as in :class:`fastscore.config.TaskConfig`.
 
         ``teacher_scores[i]`` is the mean log-probability in nats of the answer given candidate i, in the order
         ``pos + neg`` (or ``history``, or ``choices``); higher is better. ``score`` asks for other definitions.
@@ -258,11 +259,11 @@ class Scorer:
         on_progress: Progress | None = None,
         cache: RunCache | None = None,
     ) -> Generator[ScoredRow, None, None]:
-        """Score rows as they come, a window at a time, in input order.
+        """Score ``rows`` as they come, a window at a time, in input order; ``task_config`` says how they become pairs.
 
         A bad row raises, or is handed to ``on_bad_row`` and left out. On any device but a CPU, ``rows`` are read and
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
-        early). ``cache`` takes the place of the scorer's own.
+        early). ``cache`` takes the place of the scorer's own; ``on_progress`` gets the counters so far.
         """
         self.check_task(task_config)
         beside = runs_beside_host(choose_device(self.config.device))
@@ -290,7 +291,7 @@ class Scorer:
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
-        """The windows that :meth:`stream_rows` would score without a cache, and their plans. Loads the model."""
+        """What :meth:`stream_rows` would score without a cache, given the same, and the plans. Loads the model."""
         self.check_task(task_config)
         windows = read_windows(rows, task_config, self._pair_tokenizer, self.config.window_tokens, on_bad_row)
         for window in windows:

@@ -31,7 +31,8 @@ class InputError(ValueError):
     The message names file, line and field as far as they are known, for example
     ``train.jsonl:17: field 'answers': expected a non-empty list of strings, found []``; in a table, the row
     (``train.parquet: row 17: ...``).
-    The command line prints it as one line and exits with status 2.
+    The command line prints it as one line and exits with status 2. ``path``, ``line`` (counted from 1) and ``field``
+    are None where they are not known; ``message`` is the text without them.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class InputError(ValueError):
         return ": ".join(parts)
 
     def at(self, *, path: str | None = None, line: int | None = None, field: str | None = None) -> InputError:
-        """The same error with the places filled in that it does not name yet."""
+        """The same error with ``path``, ``line`` and ``field`` filled in where it does not name them yet."""
         return InputError(
             self.message,
             path=self.path if self.path is not None else path,
@@ -76,6 +77,7 @@ class Row:
     line: int | None = None
 
     def error(self, message: str, field: str | None = None) -> InputError:
+        """An error that names this row's file and line."""
         return InputError(message, path=self.path, line=self.line, field=field)
 
 
@@ -134,6 +136,7 @@ class ScoringRequest:
 
     @property
     def num_answer_tokens(self) -> int:
+        """How many tokens are scored."""
         return len(self.token_ids) - self.answer_start
 
 
@@ -147,16 +150,17 @@ class AnswerScore:
 
     @property
     def num_tokens(self) -> int:
+        """Answer tokens, at least 1."""
         return len(self.token_logprobs)
 
     @property
     def logprob(self) -> float:
-        """Sum over the answer tokens."""
+        """Sum over the answer tokens, nats; summed in fp64."""
         return float(sum(self.token_logprobs))
 
     @property
     def mean_logprob(self) -> float:
-        """Mean over the answer tokens: the ``teacher_scores`` entry unless another definition is asked for."""
+        """Mean over the answer tokens, nats: the ``teacher_scores`` entry unless another definition is asked for."""
         return self.logprob / self.num_tokens
 
 
@@ -226,10 +230,12 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that belong to a segment; T counts those as well that fill the pack."""
         return self.num_segment_tokens
 
     @property
     def num_segments(self) -> int:
+        """S."""
         return len(self.query_start_S)
 
     def narrowed(self, sliding_window: int | None) -> int | None:

@@ -27,7 +27,11 @@ class Window:
     requests: list[ScoringRequest] = field(default_factory=list)
 
     def place(self, index: int) -> str:
-        """Where in the input the request of that index came from."""
+        """Where in the input the request of that index came from.
+
+        Raises:
+            IndexError: there are fewer requests.
+        """
         for row_pairs in self.rows:
             if index < len(row_pairs.pairs):
                 candidate = index // row_pairs.num_answers

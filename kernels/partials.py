@@ -29,6 +29,9 @@ class Partials(NamedTuple):
 def combine_partials(parts: Sequence[Partials]) -> Partials:
     """The statistics of the union of disjoint parts. Sums run in the order of ``parts``; ties go to the lowest token.
 
+    Raises:
+        ValueError: no parts.
+
     Source: the online softmax's rescaling (Milakov and Gimelshein, 2018).
     """
     if not parts:

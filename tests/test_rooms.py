@@ -65,9 +65,11 @@ ROOMS: dict[str, Room] = {
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
     "windows": room(1, "types config chat tasks tokenization"),
+    "blocks": room(1, "types config tasks"),
     "fingerprint": room(1, "types"),
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "cache_file": room(1, "types"),
+    "block_scores": room(1, "types config blocks cache_file"),
     "cache": room(1, "types ranges fingerprint cache_blocks cache_file", frozenset({"numpy"})),
     "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
@@ -119,12 +121,20 @@ ROOMS |= {
     "terminal": room(4, "run_files types interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models identity", TERMINAL | MODEL),
-    "integrations/": room(4, _EDGE, MODEL | {"datasets", "lm_eval", "numpy", "ray", "tqdm"}),
+    "ray_shelf": room(4, _EDGE, frozenset({"pyarrow", "ray"})),
+    "ray_cache": room(4, _EDGE, frozenset({"numpy", "ray"})),
+    "integrations/": room(
+        4, f"{_EDGE} ray_shelf ray_cache", MODEL | {"datasets", "lm_eval", "numpy", "pyarrow", "ray", "tqdm"}
+    ),
+    "rank_messages": room(4, "", frozenset({"torch"})),
+    "rank_follower": room(4, f"{_EDGE} rank_messages", frozenset({"torch"})),
+    "distributed": room(4, f"{_EDGE} rank_messages rank_follower", frozenset({"torch"})),
+    "launched": room(4, "distributed"),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
-    "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/"),
+    "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/ launched"),
 }
 # The command line may import everything, though not at its top: see LIGHT.
-for _name in ("cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_report"):
+for _name in ("cli_options", "cli_definitions", "cli_engine", "cli_score", "cli_bench", "cli_report"):
     ROOMS[_name] = room(4, " ".join(ROOMS), TERMINAL)
 ROOMS["cli_lm_eval"] = room(4, " ".join(ROOMS), TERMINAL | {"lm_eval"})
 ROOMS["cli_cache"] = room(4, " ".join(ROOMS), TERMINAL)
@@ -134,8 +144,18 @@ ROOMS["__main__"] = room(4, "cli")
 # The members of these never import one another, not even lazily.
 SEPARATE_MEMBERS = ("integrations/",)
 # Loaded before the arguments are read: --help must not wait for torch, nor for the rooms behind it.
-COMMANDS = ("cli", "cli_options", "cli_definitions", "cli_score", "cli_bench", "cli_cache", "cli_lm_eval", "cli_report")
-LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config")
+COMMANDS = (
+    "cli",
+    "cli_options",
+    "cli_definitions",
+    "cli_engine",
+    "cli_score",
+    "cli_bench",
+    "cli_cache",
+    "cli_lm_eval",
+    "cli_report",
+)
+LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config", "launched")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 

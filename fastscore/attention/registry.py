@@ -64,6 +64,11 @@ class Provider:
     wide: bool = False
 
     def load(self) -> Attend:
+        """The provider's function, imported now.
+
+        Raises:
+            ImportError: a package that it needs is not there, or broken; ``unusable`` only looks whether it is there.
+        """
         attend: Attend = import_module(self.module).attend
         return attend
 

@@ -66,6 +66,7 @@ class Operators:
         return rms_norm(hidden_TD, norm.weight, norm.eps).to(dtype)
 
     def linear(self, hidden_TD: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """The product in the weights' dtype, rounded to it."""
         return F.linear(hidden_TD, linear.weight, linear.bias)
 
     def rotate(

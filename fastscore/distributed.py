@@ -1,0 +1,247 @@
+"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of rows and writes; every rank scores."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows
+from fastscore.blocks import cut_blocks
+from fastscore.cache_file import CacheAt
+from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.rank_follower import FAILED, follow, open_on_device
+from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
+from fastscore.types import Row, RunStats, ScoredRow
+from fastscore.windows import OnBadRow
+
+BLOCKS_AHEAD = 4
+"""Blocks for each rank that may be unwritten, because one before them is not finished."""
+_LOOK_SECONDS = 0.5
+_SIGNAL_SECONDS = 1.0
+
+
+def run_ranks(program: Callable[[Lead], None]) -> int:
+    """Rank 0 runs the program and the others work for it; all have its exit status. Only rank 0 says anything.
+
+    ``program`` ends as programs do, with or without SystemExit.
+    """
+    rank = meet()
+    if rank:
+        return follow(rank)
+    lead = Lead(dist.get_world_size())
+    status = FAILED
+    try:
+        program(lead)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    finally:
+        everyone_knows = lead.end(status)
+    return leave(status, everyone_knows)
+
+
+class Lead:
+    """Rank 0's side of the others: deals blocks of the job there is, and misses whoever is gone."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.running: dict[str, RunStats] = {}
+        self.changed = threading.Condition()
+        self._job: Job | None = None
+        self._dealt: Dealt | None = None
+        self._status: int | None = None
+        self._failure: Exception | None = None
+        self._interrupted = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(Channel(rank),), name=f"fastscore-rank-{rank}", daemon=True)
+            for rank in range(1, world_size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def open_scorer(self, config: ScorerConfig) -> ManyRanks:
+        """All ranks as one scorer."""
+        return ManyRanks(self, config, open_on_device(config))
+
+    @contextmanager
+    def dealing(self, job: Job, dealt: Dealt) -> Iterator[None]:
+        """The other ranks get blocks of this job in the block."""
+        with self.changed:
+            self._job, self._dealt = job, dealt
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._job = self._dealt = None
+                self.running.clear()
+
+    def check(self) -> None:
+        """Raise what went wrong with another rank."""
+        if self._failure is not None:
+            raise self._failure
+
+    def check_lost(self) -> None:
+        """The same when this rank is ended by a signal: torchrun sends it when it misses another, and then that one is
+        what has to be told. Others that a signal ends are not lost."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._failure is not None, _SIGNAL_SECONDS)
+            if self._failure is not None and not self._interrupted:
+                raise self._failure
+
+    def end(self, status: int) -> bool:
+        """Tell all ranks how the run ended; whether all of them know."""
+        with self.changed:
+            self._status = status
+            self.changed.notify_all()
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads) and self._failure is None
+
+    def _serve(self, channel: Channel) -> None:
+        """What rank 0 does for one other rank, in a thread of its own."""
+        finished = -1
+        try:
+            while True:
+                match channel.receive():
+                    case ("progress", index, stats):
+                        if index > finished:
+                            self.running[str(channel.peer)] = stats
+                    case ("scores", result):
+                        finished = result.index
+                        self._take(result)
+                    case ("wanted",):
+                        while (order := self._next_order()) is None:
+                            channel.send("wait")
+                        channel.send(*order)
+                        if order[0] == "end":
+                            return
+                    case ("interrupted",):
+                        self._interrupted = True
+                    case _:  # it says that it is there
+                        pass
+        except Lost as error:
+            lost = RuntimeError(
+                f"rank {channel.peer} is gone before the run has ended: it was killed, or its machine is"
+            )
+            self._fail(lost, error)
+
+    def _take(self, result: BlockScores) -> None:
+        with self.changed:
+            self.running.pop(result.worker, None)
+            if self._dealt is not None:
+                self._dealt.finish(result)
+            self.changed.notify_all()
+
+    def _next_order(self) -> tuple[Any, ...] | None:
+        def has_order() -> bool:
+            may_claim = self._dealt is not None and self._dealt.may_claim and self._failure is None
+            return self._status is not None or may_claim
+
+        with self.changed:
+            if not self.changed.wait_for(has_order, HEARTBEAT_SECONDS):
+                return None
+            if self._status is not None:
+                return "end", self._status
+            assert self._dealt is not None, "there is a job"
+            try:
+                block = self._dealt.claim()
+            except Exception as error:  # noqa: BLE001 - the thread that writes raises it
+                self._fail(error)
+                return None
+            return None if block is None else ("block", self._job, block)
+
+    def _fail(self, error: Exception, cause: Exception | None = None) -> None:
+        error.__cause__ = cause
+        with self.changed:
+            self._failure = self._failure or error
+            self.changed.notify_all()
+
+
+class ManyRanks:
+    """What :func:`fastscore.run_files.run_files` asks of a scorer, done by all ranks."""
+
+    def __init__(self, lead: Lead, config: ScorerConfig, own: Any) -> None:
+        self._lead = lead
+        self._config = config
+        self._own = own
+        self._total = TotalStats()
+        self.stats = self._total.stats
+
+    def cache_at(self, place: CacheAt | None) -> Any:
+        """A cache of rank 0; the others open the same file."""
+        return self._own.cache_at(place)
+
+    def describe(self) -> dict[str, Any]:
+        """Of rank 0, and how many there are."""
+        return {**self._own.describe(), **self._total.describe("torchrun", self._lead.world_size)}
+
+    def stream_rows(
+        self,
+        rows: Iterable[Row],
+        task_config: TaskConfig,
+        *,
+        on_bad_row: OnBadRow | None = None,
+        on_progress: Callable[[RunStats], None] | None = None,
+        cache: Any = None,
+    ) -> Generator[ScoredRow, None, None]:
+        """As :meth:`fastscore.Scorer.stream_rows`, with bad rows handed on in the order of the rows.
+
+        ``rows`` are read in several threads, one at a time.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        lead, config = self._lead, self._config
+        job = Job(config, task_config, on_bad_row is not None, None if cache is None else cache.place)
+        blocks = cut_blocks(rows, task_config, lead.world_size, config.window_tokens)
+        dealt = Dealt(blocks, BLOCKS_AHEAD * lead.world_size)
+
+        def tell(stats: RunStats | None = None) -> None:
+            if on_progress is not None:
+                own = {} if stats is None else {"0": stats}
+                on_progress(self._total.with_running({**lead.running, **own}))
+
+        def progress(stats: RunStats) -> None:
+            lead.check()
+            tell(stats)
+
+        try:
+            mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
+            with lead.dealing(job, dealt):
+                while True:
+                    if mine is not None:
+                        result = score_block(self._own, cache, job, mine, progress)
+                        with lead.changed:
+                            dealt.finish(replace(result, worker="0"))
+                    lead.check()
+                    yield from self._finished(dealt, on_bad_row)
+                    tell()
+                    with lead.changed:
+                        if dealt.is_done:
+                            return
+                        mine = dealt.claim()
+                        if mine is None and not dealt.is_done:
+                            lead.changed.wait(_LOOK_SECONDS)
+        except (KeyboardInterrupt, SystemExit):
+            lead.check_lost()
+            raise
+
+    def _finished(self, dealt: Dealt, on_bad_row: OnBadRow | None) -> Iterator[ScoredRow]:
+        while True:
+            with self._lead.changed:
+                found = dealt.next_finished()
+                self._lead.changed.notify_all()
+            if found is None:
+                return
+            self._total.add(found[1])
+            with self._lead.changed:  # another thread may be reading rows, and finding bad ones
+                hand_on_bad(*found, on_bad_row)
+            yield from scored_rows(*found)

@@ -1,0 +1,90 @@
+"""Messages between the processes that torchrun started: Python objects over torch.distributed's gloo."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+HEARTBEAT_SECONDS = 30.0
+"""How often either side says that it is still there while it has nothing else to say."""
+SILENCE = timedelta(minutes=10)
+"""After so long without a word the other side is given up. One that has ended is missed at once."""
+GOODBYE_SECONDS = 3.0
+"""How long the end waits for others. One that is in the middle of a block does not listen, and misses rank 0 later."""
+MEETING = timedelta(minutes=10)
+"""How long ranks wait for each other at the start."""
+
+
+class Lost(ConnectionError):
+    """The other rank has ended, or is silent."""
+
+
+def meet() -> int:
+    """Wait for all ranks, and return this one's.
+
+    Raises:
+        dist.DistError: they did not all come.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))  # type: ignore[attr-defined]
+    store.set_timeout(MEETING)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=SILENCE)
+    return rank
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
+
+
+class Channel:
+    """Between this rank and another. Any thread may send; one at a time receives."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+        self._sending = threading.Lock()
+
+    def send(self, *message: Any) -> None:
+        """Returns when the other side has taken it.
+
+        Raises:
+            Lost: the other side is not there.
+        """
+        data_B = torch.frombuffer(bytearray(pickle.dumps(message, protocol=5)), dtype=torch.uint8)
+        with self._sending:
+            try:
+                dist.send(torch.tensor([len(data_B)]), self.peer)
+                dist.send(data_B, self.peer)
+            except RuntimeError as error:
+                raise Lost(str(error)) from error
+
+    def receive(self) -> tuple[Any, ...]:
+        """The next message.
+
+        Raises:
+            Lost: the other side is not there.
+        """
+        try:
+            size_1 = torch.empty(1, dtype=torch.int64)
+            dist.recv(size_1, self.peer)
+            data_B = torch.empty(int(size_1), dtype=torch.uint8)
+            dist.recv(data_B, self.peer)
+        except RuntimeError as error:
+            raise Lost(str(error)) from error
+        return pickle.loads(data_B.numpy())  # type: ignore[arg-type]
+
+
+def leave(status: int, in_order: bool) -> int:
+    """End this rank with that status. Where others are gone the process ends here: closing would wait for them."""
+    if in_order:
+        dist.destroy_process_group()
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -14,6 +14,7 @@ READER_PACKAGE := FlagEmbedding==1.4.2
 CORE := $(VENV)/.stamp-core
 MODEL := $(VENV)/.stamp-model
 DEV := $(VENV)/.stamp-dev
+FUZZ := $(VENV)/.stamp-fuzz
 # Lies in .venv while pip is at work. An install that was killed leaves it behind, and .venv is then made anew; one
 # that failed (no network, say) was undone by pip itself.
 INSTALLING := $(VENV)/.installing
@@ -31,7 +32,8 @@ HEALTHY := $(shell test -e $(CORE) && test ! -e $(INSTALLING) && $(RUN) -c 'from
 .DELETE_ON_ERROR:
 # pip must not run twice in one environment, nor while something runs from it.
 .NOTPARALLEL:
-.PHONY: help demo test lint bench bench-compare bench-baseline clean remake
+FUZZ_SECONDS ?= 60
+.PHONY: help demo test lint fuzz bench bench-compare bench-baseline clean remake
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +56,9 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 	$(RUN) -m ruff format --check .
 	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/fastscore_kernels
 	$(RUN) -m mypy
+
+fuzz: $(FUZZ) ## a coverage-guided fuzzer on what reads rows, templates and GGUF headers (FUZZ_SECONDS=60)
+	$(RUN) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 BENCH := $(RUN) -m pytest bench -s --benchmark-columns=median,rounds
 RECORD := build/bench.json
@@ -91,3 +96,7 @@ $(MODEL): $(CORE)
 $(DEV): $(MODEL)
 	@echo "Installing the development tools into $(VENV)"
 	$(call install,$(FASTSCORE) '.[dev]' && $(PIP) --no-build-isolation --no-deps $(READER_PACKAGE))
+
+$(FUZZ): $(DEV)
+	@echo "Installing the fuzzer into $(VENV)"
+	$(call install,$(FASTSCORE) '.[fuzz]')

@@ -46,6 +46,7 @@ def bench(
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    allow_pickle: opt.AllowPickle = False,
     cache_dir: opt.CacheDir = None,
     task: opt.TaskName = None,
     template: opt.Template = None,

@@ -82,6 +82,15 @@ TrustRemoteCode = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        metavar=NO_VALUE,
+        help="Load weights that are not safetensors but pickles (.bin), which may hold code.",
+        rich_help_panel=MODEL,
+    ),
+]
 CacheDir = Annotated[
     str | None,
     typer.Option(

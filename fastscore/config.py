@@ -65,6 +65,8 @@ class ScorerConfig:
     residual: dtype of the residual stream: ``auto`` is fp32 in fastscore's own forward pass; ``model`` the model's.
     quantize: linear layers in eight bits (the model's own layers run then), or None.
     compiled: element-wise work of fastscore's own forward pass through torch.compile.
+    trust_remote_code: Python code that comes with the model may run.
+    allow_pickle: weights may come as pickles (``.bin``), not as safetensors and GGUF files only.
     max_batch_tokens: token budget of a pack; None chooses one for the model and the device.
     window_tokens: rows are scored together until they have this many tokens; prefixes are shared within a window.
     share_prefixes: False computes every request by itself, for comparison.
@@ -81,6 +83,7 @@ class ScorerConfig:
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     attention: str = "auto"
     forward: Forward = "auto"
     residual: Residual = "auto"

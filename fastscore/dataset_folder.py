@@ -43,6 +43,7 @@ def dataset_files(folder: str | Path) -> list[Path]:
     if (splits := folder / "dataset_dict.json").is_file():
         names = _read(splits).get("splits")
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            _check_beside(names, splits)
             if len(names) == 1:
                 return dataset_files(folder / names[0])
             raise InputError(
@@ -69,7 +70,16 @@ def _saved_files(folder: Path, state: dict[str, Any]) -> list[Path]:
         isinstance(item, dict) and isinstance(item.get("filename"), str) for item in found
     ):
         raise InputError("expected a list of data files", path=str(folder / "state.json"), field="_data_files")
-    return [folder / item["filename"] for item in found]
+    names = [item["filename"] for item in found]
+    _check_beside(names, folder / "state.json")
+    return [folder / name for name in names]
+
+
+def _check_beside(names: list[str], path: Path) -> None:
+    """A dataset's description names what lies beside it: nothing above it, and not itself."""
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise InputError(f"expected names of what lies beside this file, found {name!r}", path=str(path))
 
 
 def _found_files(folder: Path) -> list[Path]:
@@ -81,6 +91,9 @@ def _found_files(folder: Path) -> list[Path]:
             for name in names
             if not name.startswith(".") and name.lower().endswith(_DATA_SUFFIXES) and not name.endswith(_BESIDE)
         ]
+    for file in found:
+        if file.exists() and not file.is_file():  # of a pipe, nothing may ever come
+            raise InputError("expected a regular file", path=str(file))
     return sorted(found)
 
 
@@ -97,7 +110,7 @@ def _split_of(file: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot be read: {reason}", path=str(path)) from error
     if not isinstance(data, dict):

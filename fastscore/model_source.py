@@ -14,6 +14,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from fastscore.gguf_header import read_gguf_header
 from fastscore.types import InputError
 
 logger = logging.getLogger("fastscore")
@@ -68,6 +69,10 @@ def _on_disk(model: str, path: Path) -> ModelSource | None:
         if not path.is_file():
             raise InputError(f"model {model!r}: no such GGUF file")
         _check_gguf_readable()
+        try:
+            read_gguf_header(path)
+        except InputError as error:
+            raise InputError(f"model {model!r} cannot be loaded: {error.message}") from error
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():

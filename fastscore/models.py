@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import check_causal, check_packed, probe_requests
 from fastscore.types import InputError, ScoringRequest
+from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
 
 logger = logging.getLogger("fastscore")
 
@@ -33,7 +35,12 @@ def load_config(source: ModelSource, config: ScorerConfig) -> Any:
     Raises:
         InputError: the model is not there or cannot be read.
     """
-    return _pretrained(AutoConfig, source, config)
+    hf_config = _pretrained(AutoConfig, source, config)
+    for name, otherwise in (("vocab_size", None), ("hidden_size", 1)):
+        size = getattr(hf_config.get_text_config(), name, otherwise)
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"model {config.model!r} cannot be loaded: its config says {name} {size!r}")
+    return hf_config
 
 
 def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
@@ -42,7 +49,12 @@ def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
     Raises:
         InputError: the tokenizer is not there or cannot be read.
     """
-    return _pretrained(AutoTokenizer, source, config)
+    tokenizer = _pretrained(AutoTokenizer, source, config)
+    try:
+        tokenizer("a")  # some settings are looked at only now
+    except Exception as error:
+        raise InputError(f"model {config.model!r}: its tokenizer cannot be used: {_first_line(error)}") from error
+    return tokenizer
 
 
 def max_context(hf_config: Any) -> int | None:
@@ -80,13 +92,17 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         AttentionNeeds(device.type, str(dtype).removeprefix("torch."), deterministic=config.deterministic),
     )
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
-    extra = {"device_map": config.device_map} if config.device_map else {}
+    extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
+    check_weight_files(source, config, hf_config)
+    adapter = None if config.adapter is None else _find_adapter(config)
+    if source.gguf_file is None and not config.allow_pickle:
+        extra["use_safetensors"] = True
     model: PreTrainedModel
     model, found = _pretrained(auto, source, config, dtype=dtype, output_loading_info=True, **extra)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(f"model {config.model!r}: {_some(missing)} not among its weights: is it a language model?")
-    if config.adapter is not None:
-        model = _with_adapter(model, config.adapter)
+    if adapter is not None:
+        model = _with_adapter(model, adapter, config)
     if not config.device_map:
         model = model.to(device)  # type: ignore[arg-type]
     if config.quantize is not None:
@@ -193,19 +209,33 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
         return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
     except Exception as error:
         hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"model {config.model!r}: its weights have other shapes than its config says") from error
+        if "use_safetensors=True" in str(error):  # a model on the hub
+            hint = f" ({ALLOW_PICKLE}, if it has any)"
         raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """Add a LoRA adapter and fold it into the weights, so that a pack runs at the model's own speed."""
+def _find_adapter(config: ScorerConfig) -> str:
+    """The adapter's folder, seen to be loadable before the model's weights are read."""
+    if find_spec("peft") is None:
+        raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'")
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'") from error
-    try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return adapter_folder(config)
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"adapter {adapter!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> PreTrainedModel:
+    """Add a LoRA adapter and fold it into the weights, so that a pack runs at the model's own speed."""
+    from peft import PeftModel
+
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
     return merged
 
 
@@ -234,5 +264,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {' '.join(lines[:2] if lines[0].endswith(':') else lines[:1])}"

@@ -89,6 +89,7 @@ def _scorer_config(args: argparse.Namespace) -> ScorerConfig:
             dtype=args.lm_dtype if args.lm_dtype in ("bf16", "fp16") else "fp32",
             device="cpu" if args.cpu else "auto",
             trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
             cache_dir=args.model_cache_dir,
             device_map=args.lm_device_map,
         )
@@ -170,6 +171,7 @@ def _parser() -> _Parser:
     add("data_root", f"what {DATA_PREFIX} in a path stands for", default="/data/llm-embedder", metavar="FOLDER")
     add("model_cache_dir", "where models from the hub are kept", metavar="FOLDER")
     add("trust_remote_code", "run Python code that comes with the model (fastscore's own)", default=False, **boolean)
+    add("allow_pickle", "load weights that are pickles, .bin (fastscore's own)", default=False, **boolean)
     add("cache", "keep scores here (fastscore's own; default: beside the output)", metavar="FILE")
     add("no_cache", "keep no scores (fastscore's own)", default=False, **boolean)
     for name in WITHOUT_MEANING:

@@ -29,8 +29,8 @@ def read_table(path: str | Path, on_error: Callable[[InputError, str | None], No
     """The rows of a ``.parquet``, ``.arrow`` or ``.feather`` file; ``line`` is the row's number, from 1.
 
     Arrow files may be of the streaming or of the file format, whatever they are called. Values are plain Python:
-    dates, decimals and bytes stay what they are. ``on_error`` gets each row that can't be read, as in
-    :func:`fastscore.rows.read_rows`.
+    dates, decimals and bytes stay what they are. ``on_error`` gets each row of a Parquet file that can't be read, as in
+    :func:`fastscore.rows.read_rows`; in an Arrow file, such a row is a fault of the file.
 
     Raises:
         InputError: a row or the file can't be read, or pyarrow is missing.
@@ -98,10 +98,16 @@ def _open(path: str | Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch
         with pa.memory_map(str(path)) as source:
             if whole:
                 reader = pa.ipc.open_file(source)
-                yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+                yield reader.schema, map(_sound, map(reader.get_batch, range(reader.num_record_batches)))
             else:
                 stream = pa.ipc.open_stream(source)
-                yield stream.schema, iter(stream)
+                yield stream.schema, map(_sound, stream)
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """An Arrow file is memory as it was; what it says about lengths and places would be followed anywhere."""
+    batch.validate(full=True)
+    return batch
 
 
 @contextmanager
@@ -111,7 +117,7 @@ def _told(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's errors are of these classes too
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, MemoryError) as error:  # Arrow's as well
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"cannot be read: {reason}", path=name) from error
 

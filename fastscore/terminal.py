@@ -81,6 +81,8 @@ class Terminal:
         # Bars of the libraries beneath would be drawn across this one, and into logs.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        # What is wrong with a model is told in one line, not in a report of many.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         # A hub that can't be reached is told once, by the error, and not at each of its retries.
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         logger, handler = logging.getLogger("fastscore"), _ConsoleHandler(self._console)

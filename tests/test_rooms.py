@@ -75,7 +75,11 @@ ROOMS: dict[str, Room] = {
     "attention/": room(
         2, "types ranges attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
     ),
-    "model_source": room(2, "types", frozenset({"transformers", "gguf", "platformdirs"})),
+    "gguf_header": room(1, "types"),
+    "model_source": room(2, "types gguf_header", frozenset({"transformers", "gguf", "platformdirs"})),
+    "weight_files": room(
+        2, "types config gguf_header model_source", frozenset({"transformers", "safetensors", "huggingface_hub"})
+    ),
     "lm_head": room(2, "types", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
     "decoder/": room(2, "types attention/ decoder/", MODEL),
@@ -91,8 +95,8 @@ ROOMS: dict[str, Room] = {
     ),
     "models": room(
         2,
-        "types config padding attention/ budget model_source lm_head quantize packed_forward self_check forwards "
-        "language_model",
+        "types config padding attention/ budget model_source weight_files lm_head quantize packed_forward self_check "
+        "forwards language_model",
         MODEL | {"peft", "accelerate"},
     ),
     "aggregate": room(3, "types config"),

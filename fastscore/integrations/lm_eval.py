@@ -60,7 +60,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
     device: ``auto`` is the first GPU, or else the CPU.
     max_length: most tokens of a text, cut on the left as HFLM does; None is the model's own context.
     add_bos_token, prefix_token_id, tokenizer, chat_template_args, enable_thinking, peft, revision: as for HFLM.
-    max_batch_tokens, attention, deterministic, device_map: as for :class:`fastscore.Scorer`.
+    max_batch_tokens, attention, deterministic, device_map, allow_pickle: as for :class:`fastscore.Scorer`.
     window_tokens: requests are scored together; more than so many tokens of them in sorted portions.
     cache: a file in which scores are kept and looked up.
     batch_size, max_batch_size: the harness hands them over; without meaning here.
@@ -81,6 +81,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
         peft: str | None = None,
         device_map: str | None = None,
         attention: str = "auto",
@@ -102,6 +103,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
             "dtype": _dtype_name(dtype),
             "device": device,
             "trust_remote_code": trust_remote_code,
+            "allow_pickle": allow_pickle,
             "adapter": peft,
             "device_map": device_map,
             "attention": attention,

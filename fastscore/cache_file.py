@@ -160,8 +160,8 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
             connection.execute(f"PRAGMA {pragma}")
         application, version = (_pragma(connection, name) for name in ("application_id", "user_version"))
         schema = set(connection.execute("SELECT type, name, sql FROM sqlite_master"))
-    except sqlite3.DatabaseError as error:
-        if not is_damage(error):
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite's own message may quote what is no text
+        if isinstance(error, sqlite3.Error) and not is_damage(error):
             raise
         raise _not_usable(path, path.name.endswith(SUFFIX), str(error)) from error
     is_empty = not application and not version and not schema
@@ -291,6 +291,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # SQLite's own message quotes the file
+        raise DamagedCache("malformed") from error
     except sqlite3.Error as error:
         message = str(error)
         if is_damage(error):

@@ -54,7 +54,7 @@ def score(work: Path, model: str | Path, *options: str) -> str:
     """Score with a hostile model: what is said, once it is seen that it ended well and wrote what it may."""
     written = {"out.jsonl", "out.jsonl.meta.json"}
     before = tree(work)
-    ended = run("score", work / "rows.jsonl", "-m", model, "-q", "-o", work / "out.jsonl", *options)
+    ended = run("score", work / "rows.jsonl", "-m", model, "-q", "-o", work / "out.jsonl", "--no-cache", *options)
     assert_ended_well(ended, (0, 2))
     assert tree(work).keys() - before.keys() == (written if ended.status == 0 else set())
     if ended.status == 0:
@@ -285,7 +285,7 @@ def test_odd_names_of_models(llama: Path, work: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(work)
     for name in ("a b", "naïve 白", "-m", "x\ny", "'\"$(touch created)`", "..hidden", "%s{0}", "a.gguf"):
         folder = copy_of(llama, work / "odd" / name)
-        ended = run("score", "rows.jsonl", "-m", f"./odd/{name}", "-q", "--dtype", "fp32")
+        ended = run("score", "rows.jsonl", "-m", f"./odd/{name}", "-q", "--dtype", "fp32", "--no-cache")
         assert_ended_well(ended, (2,) if name == "a.gguf" else (0,))
         made = [path for path in work.iterdir() if path.name.startswith("rows.scored.")]
         assert len(made) == (0 if ended.status else 2), made

@@ -83,7 +83,7 @@ def json_stream(data: bytes) -> None:
     whole, pieces = _scan([data]), _scan([data[i : i + 1] for i in range(len(data))])
     assert whole == pieces
     try:
-        parsed = json.loads(b"[" + data)
+        parsed = json.loads((b"[" + data).decode("utf-8"))  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
         return
     records, problem = whole

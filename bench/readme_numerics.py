@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from contenders import NO_TREE
 from fidelity import FAST_BF16, FAST_FP32, FAST_INT8, FAST_MODEL, FAST_NARROW, PADDED_BF16, PADDED_UPCAST
@@ -12,7 +14,9 @@ from readme_words import link, machine, read_result, wrapped
 
 FIDELITY = "fidelity-smollm2-135m-cpu.json"
 SHARING = "prefix-sharing-smollm2-135m-cpu-bf16.json"
-TAILS = ("mean", "p99", "max")
+TOKEN, PAIR = "nats_per_answer_token", "nats_per_pair"
+PARTS = {TOKEN: "per token", PAIR: "per pair"}
+KEYS = {"mean": "mean", "p99": "99% below", "max": "largest"}
 INVARIANCE = ("invariance-smollm2-135m-cpu-fp32.json", "invariance-smollm2-135m-cpu-bf16.json")
 
 MEANING = {
@@ -41,15 +45,8 @@ def fidelity(folder: Path) -> str:
             f"says how often another candidate became the best ({link(FIDELITY)}):"
         ),
         "",
-        "| | per token, mean | per pair, mean | per pair, largest | tau | best changed |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *_distances(report, [(TOKEN, "mean"), (PAIR, "mean"), (PAIR, "max")]),
     ]
-    for name, values in report["contenders"].items():
-        token, pair = values["nats_per_answer_token"], values["nats_per_pair"]
-        lines.append(
-            f"| {MEANING.get(name, name)} | {token['mean']:.3g} | {pair['mean']:.3g} | {pair['max']:.3g} | "
-            f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
-        )
     return "\n".join(lines)
 
 
@@ -68,16 +65,22 @@ def fidelity_in_full(folder: Path) -> str:
             "queries another candidate became the best:"
         ),
         "",
-        "| | per token, mean | 99% below | largest | per pair, mean | 99% below | largest | tau | best changed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *_distances(report, [(part, key) for part in (TOKEN, PAIR) for key in KEYS]),
     ]
-    for name, values in report["contenders"].items():
-        figures = [values[part][key] for part in ("nats_per_answer_token", "nats_per_pair") for key in TAILS]
-        lines.append(
-            f"| {MEANING.get(name, name)} | {' | '.join(f'{figure:.3g}' for figure in figures)} | "
-            f"{values['kendall_tau']['mean']:.4f} | {values['best_candidate_changed']} of {values['queries']} |"
-        )
     return "\n".join(lines)
+
+
+def _distances(report: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """The table of these figures: of answer tokens or pairs, and which."""
+    heads = [f"{PARTS[part]}, {KEYS[key]}" for part, key in columns]
+    yield f"| | {' | '.join(heads)} | tau | best changed |"
+    yield "| --- |" + " --- |" * (len(columns) + 2)
+    for name, values in report["contenders"].items():
+        figures = " | ".join(f"{values[part][key]:.3g}" for part, key in columns)
+        yield (
+            f"| {MEANING.get(name, name)} | {figures} | {values['kendall_tau']['mean']:.4f} | "
+            f"{values['best_candidate_changed']} of {values['queries']} |"
+        )
 
 
 def moved_by_sharing(folder: Path) -> str:

@@ -14,14 +14,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import load_both
+from contenders import FastScore, load_both
 from environment import environment, one_line, write_json
 from limits import layer_gemms, useful_work
-from rounds import table
+from rounds import interleave, medians, seconds_of, table
 from sharing_workload import keeping_share, qa_queries
 
 from fastscore import Scorer
@@ -85,31 +86,24 @@ def measure(model: str, dtype: str, num_queries: int, options: Mapping[str, Any]
     """One run after one that warms up, as plain values."""
     scorer, plain = load_both(model, dtype, **options)
     pairs = keeping_share(qa_queries(scorer.tokenizer), num_queries).pairs
-    scorer.score_tokens(pairs)
+    run = partial(scorer.score_tokens, pairs)
+    run()
     clock = Clock(scorer.load().device)
     gemms = layer_gemms(plain, scorer.load().max_batch_tokens, len(scorer.load().model.base_model.layers))
-    rates = {}
-    for name, run in gemms.runs.items():
-        run()
-        started = clock.now()
-        run()
-        rates[name] = gemms.flops / (clock.now() - started)
-    started = clock.now()
-    scorer.score_tokens(pairs)
-    undisturbed = clock.now() - started
+    interleave(gemms.runs, 1)
+    rate = gemms.flops / min(medians(interleave(gemms.runs, 1)).values())
+    undisturbed = seconds_of(run)
     put_clocks(scorer, clock)
-    started = clock.now()
-    scorer.score_tokens(pairs)
-    whole = clock.now() - started
+    whole = seconds_of(run)
     work = useful_work(plain, pairs)
     clock.seconds[REST] = whole - sum(clock.seconds.values())
     return {
         "unique_tokens": work.unique_tokens,
         "seconds": whole,
         "undisturbed_seconds": undisturbed,
-        "gemm_tflops_per_s": max(rates.values()) / 1e12,
-        "useful_flop_efficiency": work.flops / undisturbed / max(rates.values()),
-        "settings": scorer.describe() | {"model_path": None},
+        "gemm_tflops_per_s": rate / 1e12,
+        "useful_flop_efficiency": work.flops / undisturbed / rate,
+        "settings": FastScore(scorer).settings(),
         "steps": {
             step: {"seconds": seconds, "calls": clock.calls[step], "us_per_token": seconds / work.unique_tokens * 1e6}
             for step, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])

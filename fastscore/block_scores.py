@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastscore.blocks import Block
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.run_stats import RunStats
+from fastscore.types import InputError, Row, ScoredRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
         result.bad.append((position[id(row)], error))
 
     def count(stats: RunStats) -> None:
-        on_progress(minus(stats, before))
+        on_progress(stats.minus(before))
 
     for scored in scorer.stream_rows(
         block.rows,
@@ -74,7 +75,7 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
         place = position[id(scored.row)]
         result.scored.append((place, replace(scored, row=replace(scored.row, data={}))))
     scorer.stats.flush_padded()
-    result.stats = minus(scorer.stats, before)
+    result.stats = scorer.stats.minus(before)
     result.description = scorer.describe()
 
 
@@ -86,21 +87,6 @@ def sendable(result: BlockScores) -> BlockScores:
     first_line = next(iter(str(error).strip().splitlines()), "")
     text = first_line if type(error) is RuntimeError else f"{type(error).__name__}: {first_line}"
     return replace(result, error=RuntimeError(text))
-
-
-def minus(stats: RunStats, before: RunStats) -> RunStats:
-    """What was counted since."""
-    return RunStats(**{name: getattr(stats, name) - getattr(before, name) for name in counters()})
-
-
-def plus(stats: RunStats, more: RunStats) -> RunStats:
-    """Both together, the seconds too."""
-    return RunStats(**{name: getattr(stats, name) + getattr(more, name) for name in counters()})
-
-
-def counters() -> list[str]:
-    """The public fields of RunStats."""
-    return [f.name for f in fields(RunStats) if not f.name.startswith("_")]
 
 
 class Dealt:
@@ -194,10 +180,8 @@ class TotalStats:
         self.pairs[result.worker] = self.pairs.get(result.worker, 0) + result.stats.pairs
         self.repeated += result.tries - 1
         busiest = max(self.stats.seconds, seconds)
-        total = plus(self.stats, result.stats)
-        for name in counters():
-            setattr(self.stats, name, getattr(total, name))
-        self.stats.seconds = busiest
+        for name, value in replace(self.stats.plus(result.stats), seconds=busiest).counters().items():
+            setattr(self.stats, name, value)
 
     def describe(self, engine: str, workers: int) -> dict[str, Any]:
         """For a run's metadata: what carried the blocks, and who scored how much."""
@@ -213,5 +197,5 @@ class TotalStats:
         total, busiest = replace(self.stats), self.stats.seconds
         for worker, stats in running.items():
             busiest = max(busiest, self._seconds.get(worker, 0.0) + stats.seconds)
-            total = plus(total, stats)
+            total = total.plus(stats)
         return replace(total, seconds=busiest)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastscore.config import TaskConfig
 from fastscore.tasks import expand_row, make_task
+from fastscore.tokenization import common_length
 from fastscore.types import InputError, Row
 
 CHARS_PER_TOKEN = 4
@@ -115,17 +116,5 @@ def shared_size(before: Sequence[Any], after: Sequence[Any]) -> int:
             continue
         place = bisect.bisect_left(before, prompt)
         # Whatever shares most with it stands next to it.
-        shared += max(_common(other, prompt) for other in before[max(0, place - 1) : place + 1])
+        shared += max(common_length(other, prompt) for other in before[max(0, place - 1) : place + 1])
     return shared
-
-
-def _common(one: Any, other: Any) -> int:
-    """Length of the common beginning, by halving: comparing slices is quick, and so is missing at the first letter."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

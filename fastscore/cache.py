@@ -13,14 +13,12 @@ Shapes: R requests, A answer tokens.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,6 +39,7 @@ from fastscore.cache_file import (
     transaction,
 )
 from fastscore.fingerprint import ScoreIdentity
+from fastscore.garbage import collection_paused
 from fastscore.ranges import Ints
 from fastscore.types import AnswerScore, ScoringRequest
 
@@ -94,7 +93,8 @@ class ScoreCache:
         scores: list[AnswerScore | None] = []
         for first in range(0, len(key_R2), _GET_AT_ONCE):  # so that a thread that puts need not wait for all of it
             some_R2 = key_R2[first : first + _GET_AT_ONCE]
-            with _no_collection():
+            # Of the many objects that a look-up makes none can be garbage yet.
+            with collection_paused():
                 scores += self._with_whole_file(partial(self._get, some_R2))
         return scores
 
@@ -239,19 +239,6 @@ class ScoreCache:
             logger.warning("%s is damaged in places: those scores are computed again", self.path)
             self._warned = True
         return blocks
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python does not look for garbage meanwhile: of the many objects that a look-up makes none can be garbage yet,
-    and looking at them again and again takes up to half of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _one(rows: sqlite3.Cursor, table: str) -> tuple:

@@ -17,7 +17,8 @@ from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.rank_follower import FAILED, follow, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
-from fastscore.types import Row, RunStats, ScoredRow
+from fastscore.run_stats import RunStats
+from fastscore.types import Row, ScoredRow
 from fastscore.windows import OnBadRow
 
 BLOCKS_AHEAD = 4

@@ -54,9 +54,10 @@ def collect() -> dict[str, Any]:
     from fastscore.attention import AttentionNeeds, available_providers, choose_provider
     from fastscore.model_source import EMBEDDED, EMBEDDED_INSTALL, embedded_folder, embedded_gguf
     from fastscore.models import choose_device, choose_dtype
+    from fastscore.types import dtype_name
 
     device = choose_device("auto")
-    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype("auto", device))
     needs = AttentionNeeds(device.type, dtype)
     folder = embedded_folder()
     return {

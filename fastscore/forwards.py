@@ -14,7 +14,7 @@ from fastscore.config import ScorerConfig
 from fastscore.decoder import OwnForward, choose_operators, read_decoder
 from fastscore.packed_forward import ModelForward, PackForward, body_of
 from fastscore.self_check import check_forward, check_provider
-from fastscore.types import InputError
+from fastscore.types import InputError, dtype_name
 
 logger = logging.getLogger("fastscore")
 
@@ -56,7 +56,7 @@ def _own_forward(model: PreTrainedModel, config: ScorerConfig, provider: Provide
     if reason := check_forward(model, forward, model.device):
         logger.warning("fastscore's own forward pass is not used: %s", reason)
         return f"fastscore's own forward pass was tried: {reason}"
-    name = f"fastscore's, residual stream in {str(residual).removeprefix('torch.')}, {operators.description}"
+    name = f"fastscore's, residual stream in {dtype_name(residual)}, {operators.description}"
     return ChosenForward(provider, forward, name)
 
 

@@ -17,7 +17,7 @@ from fastscore.fingerprint import ScoreIdentity, content_identity
 from fastscore.language_model import DETERMINISTIC_TOKENS, LanguageModel
 from fastscore.model_source import ModelSource, cache_folder
 from fastscore.packed_forward import ModelForward
-from fastscore.types import InputError
+from fastscore.types import InputError, dtype_name
 
 
 def describe_run(model: LanguageModel, config: ScorerConfig, model_path: str, commit: str | None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def describe_run(model: LanguageModel, config: ScorerConfig, model_path: str, co
         "adapter": config.adapter,
         "architecture": type(model.model).__name__,
         "device": str(model.device),
-        "dtype": _name(model.dtype),
+        "dtype": dtype_name(model.dtype),
         "mode": model.mode,
         "mode_reason": model.reason,
         "forward": model.forward_name,
@@ -63,7 +63,7 @@ def score_identity(
         weights=_content(source.path, "config.json", config.cache_dir, commit or config.revision),
         adapter=adapter,
         adapter_weights=None if adapter is None else _content(adapter, "adapter_config.json"),
-        dtype=_name(model.dtype),
+        dtype=dtype_name(model.dtype),
         quantization=config.quantize,
         precision=torch.get_float32_matmul_precision(),
         device=model.device.type,
@@ -77,10 +77,6 @@ def score_identity(
         transformers=transformers.__version__,
         machine=_machine(model) if model.deterministic else None,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _attention(model: LanguageModel) -> str:

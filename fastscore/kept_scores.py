@@ -91,7 +91,8 @@ class Keeper:
         whole = request[self._missing_C[request] == 0]
         if not len(whole):
             return
-        first, length = self._slots.offset_R[whole], np.diff(self._slots.offset_R)[whole]
+        first = self._slots.offset_R[whole]
+        length = self._slots.offset_R[whole + 1] - first
         slot_A = self._slots.slot[ranges(first, length)]
         is_greedy = np.logical_and.reduceat(greedy_Q[slot_A], offsets(length)[:-1])
         self._cache.put(self._key_C2[whole], 0.0 - nll_Q[slot_A], length, is_greedy)

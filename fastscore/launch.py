@@ -12,7 +12,8 @@ from fastscore.answer_head import AnswerHead
 from fastscore.interrupts import held_back
 from fastscore.kept_scores import Work
 from fastscore.language_model import LanguageModel
-from fastscore.types import AnswerScore, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import AnswerScore
 
 Progress = Callable[[RunStats], None]
 

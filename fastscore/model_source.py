@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from fastscore.gguf_header import read_gguf_header
+from fastscore.hub import hub_answers
 from fastscore.types import InputError
 
 logger = logging.getLogger("fastscore")
@@ -27,10 +28,16 @@ _ABANDONED_AFTER_SECONDS = 3600
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What to give to ``from_pretrained``: a hub id or a folder, and the GGUF file in that folder if it is one."""
+    """What to give to ``from_pretrained``: a hub id or a folder, and the GGUF file in that folder if it is one, with
+    the number of tensors in it.
+
+    local_files_only: the hub is not to be asked, as it does not answer.
+    """
 
     name_or_path: str
     gguf_file: str | None = None
+    gguf_tensors: int = field(default=0, compare=False)
+    local_files_only: bool = field(default=False, compare=False)
 
     @property
     def path(self) -> str:
@@ -45,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def resolve_model(model: str) -> ModelSource:
-    """Find a model by alias, GGUF file, folder or hub id (the hub itself is not asked here).
+    """Find a model by alias, GGUF file, folder or hub id (the hub is only asked whether it is there).
 
     Raises:
         InputError: the alias's package is not installed, or a path is not there.
@@ -60,7 +67,7 @@ def resolve_model(model: str) -> ModelSource:
         return found
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise InputError(f"model {model!r}: no such folder")
-    return ModelSource(model)
+    return ModelSource(model, local_files_only=not hub_answers())
 
 
 def _on_disk(model: str, path: Path) -> ModelSource | None:
@@ -70,10 +77,10 @@ def _on_disk(model: str, path: Path) -> ModelSource | None:
             raise InputError(f"model {model!r}: no such GGUF file")
         _check_gguf_readable()
         try:
-            read_gguf_header(path)
+            header = read_gguf_header(path)
         except InputError as error:
             raise InputError(f"model {model!r} cannot be loaded: {error.message}") from error
-        return ModelSource(str(path.parent), path.name)
+        return ModelSource(str(path.parent), path.name, header.num_tensors)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model {model!r}: the folder has no config.json")

@@ -21,7 +21,7 @@ from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq
 from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import check_causal, check_packed, probe_requests
-from fastscore.types import InputError, ScoringRequest
+from fastscore.types import InputError, ScoringRequest, dtype_name
 from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
 
 logger = logging.getLogger("fastscore")
@@ -89,7 +89,7 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
     choose_provider(
         config.attention,
-        AttentionNeeds(device.type, str(dtype).removeprefix("torch."), deterministic=config.deterministic),
+        AttentionNeeds(device.type, dtype_name(dtype), deterministic=config.deterministic),
     )
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
@@ -97,6 +97,8 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     adapter = None if config.adapter is None else _find_adapter(config)
     if source.gguf_file is None and not config.allow_pickle:
         extra["use_safetensors"] = True
+    if source.local_files_only:  # transformers looks for an adapter beside the model, and asks the hub again for that
+        extra["adapter_kwargs"] = {"local_files_only": True}
     model: PreTrainedModel
     model, found = _pretrained(auto, source, config, dtype=dtype, output_loading_info=True, **extra)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
@@ -199,14 +201,15 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+    return next((name for name, known in DTYPES.items() if known == dtype), dtype_name(dtype))
 
 
 def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: Any) -> Any:
-    options = {"revision": config.revision, "cache_dir": config.cache_dir, "gguf_file": source.gguf_file}
-    options = {name: value for name, value in options.items() if value is not None}
+    named = {"revision": config.revision, "cache_dir": config.cache_dir, "gguf_file": source.gguf_file}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    options |= {"trust_remote_code": config.trust_remote_code, "local_files_only": source.local_files_only}
     try:
-        return auto.from_pretrained(source.name_or_path, trust_remote_code=config.trust_remote_code, **options, **extra)
+        return auto.from_pretrained(source.name_or_path, **options, **extra)
     except Exception as error:
         hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
         if "ignore_mismatched_sizes" in str(error):

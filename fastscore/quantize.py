@@ -36,6 +36,11 @@ def quantize_linears(model: PreTrainedModel, how: str) -> None:
     quantize_(model, config, filter_fn=lambda module, _: isinstance(module, torch.nn.Linear) and module is not head)
 
 
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a linear layer's weight is one of torchao's tensors in place of a plain one."""
+    return isinstance(module, torch.nn.Linear) and type(module.weight.data) is not torch.Tensor
+
+
 def _multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 

@@ -21,7 +21,8 @@ from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig
 from fastscore.interrupts import Interrupted, ended_by_signals
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, local_rank
-from fastscore.types import InputError, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import InputError
 
 FAILED, SIGNALLED = 1, 128
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}

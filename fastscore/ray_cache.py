@@ -69,8 +69,10 @@ class _CacheFile:
 
     def open(self, identity: ScoreIdentity) -> str | None:
         """Why it can't be opened."""
+        fingerprint = identity.fingerprint()
         try:
-            self._caches.setdefault(identity.fingerprint(), ScoreCache(self._path, identity))
+            if fingerprint not in self._caches:
+                self._caches[fingerprint] = ScoreCache(self._path, identity)
         except (InputError, OSError) as error:
             return str(error)
         return None

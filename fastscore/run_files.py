@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -20,8 +20,9 @@ from fastscore.interrupts import Interrupted
 from fastscore.output_formats import OutputFormat, make_format
 from fastscore.outputs import Output
 from fastscore.rows import RowWriter, read_rows, refuse_same_file, scored_path
+from fastscore.run_stats import RunStats
 from fastscore.tasks import validate_row
-from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.types import InputError, Row, ScoredRow
 
 OpenScorer = Callable[[ScorerConfig], Any]
 """Makes what scores: a Scorer, or several that look like one."""
@@ -175,7 +176,7 @@ def run_files(
             "skipped": tally.skipped,
             "ranked_rows": tally.ranked_rows,
             "positive_best": tally.positive_best,
-            "stats": _counters(tally.stats),
+            "stats": tally.stats.counters(),
         }
         with RowWriter(job.meta) as out:
             out.write(meta)
@@ -251,7 +252,7 @@ def _run_job(
     scorer.stats.flush_padded()
     tally.skipped = bad.count
     tally.caches = () if cache.path is None else (cache.path,)
-    tally.stats = RunStats(**{name: n - getattr(before, name) for name, n in _counters(scorer.stats).items()})
+    tally.stats = scorer.stats.minus(before)
     return tally
 
 
@@ -334,10 +335,6 @@ def check_readable_twice(path: Path) -> None:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InputError("expected a regular file: rows are checked first and scored after", path=str(path))
-
-
-def _counters(stats: RunStats) -> dict[str, Any]:
-    return {f.name: getattr(stats, f.name) for f in fields(stats) if not f.name.startswith("_")}
 
 
 def _length(value: object) -> int:

@@ -37,9 +37,10 @@ from fastscore.launch import Launch, Progress
 from fastscore.model_source import ModelSource, resolve_model
 from fastscore.models import choose_device, load_config, load_model, load_tokenizer, max_context, prepare_model
 from fastscore.pipeline import runs_beside_host, score_beside, score_in_turn
+from fastscore.run_stats import RunStats
 from fastscore.tasks import output_row
 from fastscore.tokenization import PairTokenizer
-from fastscore.types import AnswerScore, InputError, Pair, Row, RunStats, ScoredRow, ScoringRequest
+from fastscore.types import AnswerScore, InputError, Pair, Row, ScoredRow, ScoringRequest
 from fastscore.windows import OnBadRow, Window, read_windows
 
 
@@ -104,16 +105,15 @@ class Scorer:
         self._source: ModelSource | None = resolve_model(model)
         with collection_paused():
             hf_config, tokenizer = (load(self._source, self.config) for load in (load_config, load_tokenizer))
-        self._set_up(hf_config, tokenizer, self._source.path)
-        self._cache = self.cache_at(None if cache is None else CacheAt(Path(cache)))
+        self._set_up(hf_config, tokenizer, self._source.path, None if cache is None else CacheAt(Path(cache)))
 
-    def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str) -> None:
+    def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str, cache: CacheAt | None = None) -> None:
         self.hf_config = hf_config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
         self._spare_tokenizers: list[PairTokenizer] = []
-        self._cache = self.cache_at(None)
+        self._cache = self.cache_at(cache)
         self._identity: ScoreIdentity | None = None
         self._pair_tokenizer = PairTokenizer(
             tokenizer,

@@ -12,7 +12,8 @@ from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, 
 from fastscore.packing import cut_pack
 from fastscore.padding import padded_batch, slot_offsets
 from fastscore.prefix_tree import build_prefix_tree
-from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest
+from fastscore.quantize import is_quantized
+from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest, dtype_name
 
 PROBE_LENGTHS = (14, 9)
 SHARED_LENGTH = 6
@@ -38,9 +39,9 @@ def probe_requests(vocab_size: int) -> list[ScoringRequest]:
 
 
 def tolerance_for(model: PreTrainedModel) -> float:
-    """Relative difference that rounding can explain after a whole model. In eight bits (torchao's tensors in place of
-    plain ones) a last bit that differs can move an activation by a whole step."""
-    if any(isinstance(m, torch.nn.Linear) and type(m.weight.data) is not torch.Tensor for m in model.modules()):
+    """Relative difference that rounding can explain after a whole model. In eight bits a last bit that differs can move
+    an activation by a whole step."""
+    if any(map(is_quantized, model.modules())):
         return 0.3
     return 1e-3 if model.dtype == torch.float32 else 0.1
 
@@ -54,7 +55,7 @@ def check_packed(model: PreTrainedModel, device: torch.device) -> tuple[str, Att
     of its length? The shapes are the same then, so that even in low precision a leak shows. Sharing: are sequences
     still the same when they share a prefix and are cut into several packs?
     """
-    recorder = _Recorder(PROVIDERS["reference"].load(), AttentionNeeds(device.type, _name(model.dtype)))
+    recorder = _Recorder(PROVIDERS["reference"].load(), AttentionNeeds(device.type, dtype_name(model.dtype)))
     if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - VARLEN_LAYERS:
         return f"layers of type {', '.join(sorted(others))}", recorder.needs
     original = model.config._attn_implementation
@@ -175,7 +176,7 @@ class _Recorder:
     ) -> torch.Tensor:
         self.needs = replace(
             self.needs,
-            dtype=_name(query_THd.dtype),
+            dtype=dtype_name(query_THd.dtype),
             head_size=query_THd.shape[2],
             value_head_size=value_TKd.shape[2],
             sliding_window=self.needs.sliding_window or sliding_window is not None,
@@ -196,10 +197,6 @@ class _Recorder:
 
 def _vocab_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _relative(value_TD: torch.Tensor, truth_TD: torch.Tensor) -> float:

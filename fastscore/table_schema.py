@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 512
 """Rows whose values are looked at together."""
-_MISFITS = (ValueError, TypeError, ArithmeticError, NotImplementedError)
+MISFITS = (ValueError, TypeError, ArithmeticError, NotImplementedError)
 """What Arrow raises for values of several types; its own errors are of these classes too."""
 _FEATURES = b"huggingface"
 """Where ``datasets`` keeps its own types of the columns."""
@@ -53,7 +53,7 @@ class TableColumns:
             field = self._table_fields.pop(name)
             try:
                 self._types[name] = _merged(self._types.get(name), field)
-            except _MISFITS as error:
+            except MISFITS as error:
                 raise self._misfit(row, name, field, "the inputs before") from error
 
     def schema(self, added: Mapping[str, ColumnType]) -> pa.Schema:
@@ -84,14 +84,14 @@ class TableColumns:
         rows, self._waiting = self._waiting, []
         try:
             self._types = _with_values(self._types, [kept for _, kept in rows])
-        except _MISFITS:
+        except MISFITS:
             for row, kept in rows:  # one by one, for the place
                 for name, value in kept.items():
                     try:
                         self._types |= _with_values(
                             {name: self._types[name]} if name in self._types else {}, [{name: value}]
                         )
-                    except _MISFITS as error:
+                    except MISFITS as error:
                         raise self._misfit(row, name, value, "the rows before", error) from error
 
     def _misfit(self, row: Row, name: str, found: Any, where: str, error: BaseException | None = None) -> InputError:
@@ -107,7 +107,7 @@ class TableColumns:
 
 
 def _with_values(types: Mapping[str, pa.Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Field]:
-    """The columns with those of the rows; raises one of ``_MISFITS`` where they don't go together."""
+    """The columns with those of the rows; raises one of ``MISFITS`` where they don't go together."""
     import pyarrow as pa
 
     merged = dict(types)

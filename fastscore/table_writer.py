@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastscore.rows import WholeFile
 from fastscore.table_rows import check_extra, first_line
+from fastscore.table_schema import MISFITS
 from fastscore.types import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 512
 GROUP_BYTES = 1 << 25
 """Parquet's row groups: large enough to be read well, small enough to be held while they are gathered."""
-_MISFITS = (ValueError, TypeError, ArithmeticError, NotImplementedError)
 
 
 class TableWriter(WholeFile):
@@ -69,7 +69,7 @@ class TableWriter(WholeFile):
     def _give_up(self) -> None:
         """Close what Arrow holds: nobody reads the bytes, but it would write them when it is collected."""
         if self._table is not None:
-            with suppress(OSError, *_MISFITS):
+            with suppress(OSError, *MISFITS):
                 self._table.close()
 
     def _flush(self) -> None:
@@ -86,11 +86,11 @@ class TableWriter(WholeFile):
             values = [row.get(field.name) for row in rows]
             try:
                 columns.append(pa.array(values, field.type))
-            except _MISFITS:
+            except MISFITS:
                 for index, value in enumerate(values):
                     try:
                         pa.array([value], field.type)
-                    except _MISFITS as error:
+                    except MISFITS as error:
                         reason = f"does not fit the column's type {field.type}: {first_line(error)}"
                         raise self._misfit(index, field.name, reason) from error
                 raise
@@ -108,7 +108,7 @@ class TableWriter(WholeFile):
             values = [row.get(name) for row in self._rows]
             try:
                 self._schema = self._schema.append(pa.field(name, pa.array(values).type))
-            except _MISFITS as error:
+            except MISFITS as error:
                 raise InputError(
                     f"a table can't hold it: {first_line(error)}", path=str(self.path), field=name
                 ) from error

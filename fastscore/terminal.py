@@ -18,7 +18,8 @@ from rich.text import Text
 
 from fastscore.interrupts import Interrupted, ended_by_signals
 from fastscore.run_files import FileJob, Tally
-from fastscore.types import InputError, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import InputError
 
 BAD_INPUT, FAILED, SIGNALLED = 2, 1, 128
 

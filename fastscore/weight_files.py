@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastscore.config import ScorerConfig
-from fastscore.gguf_header import read_gguf_header
+from fastscore.hub import hub_answers
 from fastscore.model_source import ModelSource
 from fastscore.types import InputError
 
@@ -41,8 +41,7 @@ def check_weight_files(source: ModelSource, config: ScorerConfig, hf_config: Any
     if not config.trust_remote_code:
         _check_kernels(hf_config, model)
     if source.gguf_file is not None:
-        path = Path(source.path)
-        _check_sizes(hf_config, _Held(read_gguf_header(path).num_tensors, path.stat().st_size), model)
+        _check_sizes(hf_config, _Held(source.gguf_tensors, Path(source.path).stat().st_size), model)
         return
     named = getattr(hf_config, "transformers_weights", None)
     if named is not None:
@@ -74,7 +73,7 @@ def adapter_folder(config: ScorerConfig) -> str:
     folder = Path(config.adapter).expanduser()
     if not folder.is_dir():
         wanted = ["adapter_config.json", "adapter_model.safetensors", *(["*.bin"] if config.allow_pickle else [])]
-        folder = Path(snapshot_download(config.adapter, allow_patterns=wanted))
+        folder = Path(snapshot_download(config.adapter, allow_patterns=wanted, local_files_only=not hub_answers()))
     find = _in_folder(folder)
     if (adapter := find("adapter_config.json")) is not None:
         _check_adapter(adapter, find, config, f"adapter {config.adapter!r}")
@@ -94,6 +93,7 @@ def _finder(source: ModelSource, config: ScorerConfig) -> Find:
             name,
             cache_dir=config.cache_dir,
             revision=config.revision,
+            local_files_only=source.local_files_only,
             _raise_exceptions_for_gated_repo=False,  # loading says what is wrong
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -124,10 +124,12 @@ def answer_nll_partials_reference(
             # across tiles the strict comparison keeps the earlier one.
             tile_best_a, tile_top1_a = logits_av.max(dim=1)
             top1_A[rows] = torch.where(tile_best_a > best_A[rows], tile_top1_a + first_v, top1_A[rows])
-            # The sum of exp(logit - best) is the reciprocal of the best one's probability within the tile, and softmax
-            # is one fused pass where exponentials and their sum would be three.
+            # The sum of exp(logit - best) is one over the best one's probability within the tile, and softmax is one
+            # fused pass where exponentials and their sum would be three. It adds up a row from end to end, which loses
+            # the smallest terms of a large vocabulary (1.6e-5 nats with AVX2); sum() adds by halves, so that what the
+            # probabilities sum up to says what was lost.
             torch.softmax(logits_av, dim=1, out=softmax_av)
-            tile_sumexp_a = softmax_av.gather(1, tile_top1_a[:, None])[:, 0].reciprocal()
+            tile_sumexp_a = softmax_av.sum(dim=1) / softmax_av.gather(1, tile_top1_a[:, None])[:, 0]
             # Where all logits are -inf there is no softmax, and nothing to subtract.
             tile_sumexp_a = torch.where(tile_best_a.isneginf(), torch.zeros_like(tile_best_a), tile_sumexp_a)
             new_best_a = torch.maximum(best_A[rows], tile_best_a)

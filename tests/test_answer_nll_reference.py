@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -84,6 +85,16 @@ def test_lowest_token_wins_ties(width: int) -> None:
         hidden_AD, weight_VD, torch.zeros(50, dtype=torch.int64), max_logits_bytes=4 * 50 * width
     )
     assert top1_A.tolist() == expected
+
+
+def test_small_terms_of_a_large_vocabulary_are_not_lost() -> None:
+    """One by one to a sum in fp32 they would be: each is less than its last bit. Together they are 1.8e-5 of it."""
+    vocab_size, small = 300_001, 6e-11
+    weight_VD = torch.full((vocab_size, 1), math.log(small))
+    weight_VD[0] = 0.0
+    nll_A, _ = answer_nll_reference(torch.ones(3, 1), weight_VD, torch.zeros(3, dtype=torch.int64))
+    truth = math.log1p((vocab_size - 1) * small)
+    assert nll_A.tolist() == pytest.approx([truth] * 3, abs=1e-6)
 
 
 def test_a_constant_changes_nothing_and_uniform_logits_give_log_v() -> None:

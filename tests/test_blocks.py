@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows, sendable
 from fastscore.blocks import CHARS_PER_TOKEN, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.run_stats import RunStats
+from fastscore.types import InputError, Row, ScoredRow
 
 CHOICES = TaskConfig("choices")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cache_entries import IDENTITY, aside, get_numbers, put_numbers, truth
+from small_disks import small_disk
 
 from fastscore.cache import ScoreCache
 from fastscore.cache_file import SUFFIX, network_file_system
@@ -110,21 +111,16 @@ def test_a_limit_on_the_size_of_files_is_told_and_what_was_safe_stays(path: Path
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("can't mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", kilobytes=600) as folder:
+        yield folder
 
 
-def test_a_full_disk_is_told_and_what_was_safe_stays(small_disk: Path) -> None:
-    path = small_disk / f"scores{SUFFIX}"
+def test_a_full_disk_is_told_and_what_was_safe_stays(disk: Path) -> None:
+    path = disk / f"scores{SUFFIX}"
     number = 0
     with ScoreCache(path, IDENTITY) as store:
-        while shutil.disk_usage(small_disk).free > 100_000:
+        while shutil.disk_usage(disk).free > 100_000:
             put_numbers(store, range(number, number + 50))
             number += 50
         with pytest.raises(OSError, match="No space left on device") as raised:
@@ -134,15 +130,15 @@ def test_a_full_disk_is_told_and_what_was_safe_stays(small_disk: Path) -> None:
         assert get_numbers(store, range(number + 50)) == truth(range(number))
         with pytest.raises(OSError, match="No space left"):
             put_numbers(store, range(number, number + 2000))
-    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
     with ScoreCache(path, IDENTITY) as store:
         assert get_numbers(store, range(number + 50)) == truth(range(number))
         put_numbers(store, range(number, number + 50))
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(InputError, match=rf"{path}: cannot be written: it is read-only"):
         ScoreCache(path, IDENTITY)
     with pytest.raises(InputError, match="new: cannot be written: no right to, or on a read-only disk"):
-        ScoreCache(small_disk / "new", IDENTITY)
+        ScoreCache(disk / "new", IDENTITY)
 
 
 def test_places_where_nothing_can_be_kept(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from fastscore.cache_upkeep import cache_info
 from fastscore.cli import main
 from fastscore.config import TaskConfig
 from fastscore.run_lm_score import main as run_lm_score
-from fastscore.types import AnswerScore, Row, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import AnswerScore, Row
 
 Pairs = list[tuple[list[int], list[int]]]
 

@@ -27,7 +27,8 @@ from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.read_ahead import ReadAhead
 from fastscore.run_files import FileJob, run_files
-from fastscore.types import Row, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import Row
 
 CHOICES = TaskConfig("choices")
 

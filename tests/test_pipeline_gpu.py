@@ -17,8 +17,9 @@ from truth import alone
 from fastscore import Scorer
 from fastscore.kept_scores import Work
 from fastscore.launch import Launch
+from fastscore.run_stats import RunStats
 from fastscore.transfer import HostCopy, to_device
-from fastscore.types import RunStats, ScoringRequest
+from fastscore.types import ScoringRequest
 
 pytestmark = [
     pytest.mark.gpu,

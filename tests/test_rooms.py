@@ -44,6 +44,7 @@ ROOMS: dict[str, Room] = {
     "garbage": room(1),
     "read_ahead": room(1),
     "interrupts": room(1),
+    "run_stats": room(1),
     "json_stream": room(1, "types"),
     "dataset_folder": room(1, "types"),
     "table_rows": room(1, "types", frozenset({"pyarrow"})),
@@ -58,35 +59,36 @@ ROOMS: dict[str, Room] = {
     "candidates": room(1, "types config fields tasks"),
     "output_formats": room(1, "types config preference tasks candidates"),
     "table_schema": room(1, "types fields table_rows", frozenset({"pyarrow"})),
-    "table_writer": room(1, "types table_rows rows", frozenset({"pyarrow"})),
+    "table_writer": room(1, "types table_rows table_schema rows", frozenset({"pyarrow"})),
     "outputs": room(1, "types config tasks output_formats rows table_rows table_schema table_writer"),
     "prefix_tree": room(1, "types ranges", frozenset({"numpy"})),
     "packing": room(1, "types ranges prefix_tree", frozenset({"numpy", "torch"})),
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
     "windows": room(1, "types config chat tasks tokenization"),
-    "blocks": room(1, "types config tasks"),
+    "blocks": room(1, "types config tasks tokenization"),
     "fingerprint": room(1, "types"),
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "cache_file": room(1, "types"),
-    "block_scores": room(1, "types config blocks cache_file"),
-    "cache": room(1, "types ranges fingerprint cache_blocks cache_file", frozenset({"numpy"})),
+    "block_scores": room(1, "types run_stats config blocks cache_file"),
+    "cache": room(1, "types ranges fingerprint garbage cache_blocks cache_file", frozenset({"numpy"})),
     "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
         2, "types ranges attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
     ),
     "gguf_header": room(1, "types"),
-    "model_source": room(2, "types gguf_header", frozenset({"transformers", "gguf", "platformdirs"})),
+    "hub": room(2, "", frozenset({"huggingface_hub"})),
+    "model_source": room(2, "types gguf_header hub", frozenset({"transformers", "gguf", "platformdirs"})),
     "weight_files": room(
-        2, "types config gguf_header model_source", frozenset({"transformers", "safetensors", "huggingface_hub"})
+        2, "types config hub model_source", frozenset({"transformers", "safetensors", "huggingface_hub"})
     ),
     "lm_head": room(2, "types", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
-    "decoder/": room(2, "types attention/ decoder/", MODEL),
-    "budget": room(2, "", frozenset({"torch"})),
     "quantize": room(2, "types", MODEL | {"torchao"}),
+    "decoder/": room(2, "types attention/ decoder/ quantize", MODEL),
+    "budget": room(2, "", frozenset({"torch"})),
     "answer_head": room(2, "kernels/ transfer types ranges lm_head", frozenset({"numpy", "torch"})),
-    "self_check": room(2, "types prefix_tree packing padding attention/ packed_forward", MODEL),
+    "self_check": room(2, "types prefix_tree packing padding attention/ packed_forward quantize", MODEL),
     "forwards": room(2, "types config attention/ decoder/ packed_forward self_check", MODEL),
     "language_model": room(
         2,
@@ -108,7 +110,7 @@ ROOMS: dict[str, Room] = {
     "kept_scores": room(
         3, "types ranges fingerprint cache_blocks cache_file cache language_model", frozenset({"numpy"})
     ),
-    "launch": room(3, "types interrupts language_model answer_head aggregate kept_scores"),
+    "launch": room(3, "types run_stats interrupts language_model answer_head aggregate kept_scores"),
     "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
@@ -118,7 +120,7 @@ ROOMS |= {
     # Only re-exports, and those lazily.
     "__init__": room(4, "scorer types config garbage"),
     "run_files": room(4, _EDGE),
-    "terminal": room(4, "run_files types interrupts", TERMINAL),
+    "terminal": room(4, "run_files types run_stats interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
     "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models identity", TERMINAL | MODEL),
     "ray_shelf": room(4, _EDGE, frozenset({"pyarrow", "ray"})),

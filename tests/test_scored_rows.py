@@ -15,7 +15,8 @@ from truth import alone
 
 from fastscore import InputError, Scorer
 from fastscore.config import TaskConfig
-from fastscore.types import Row, RunStats
+from fastscore.run_stats import RunStats
+from fastscore.types import Row
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "qa.jsonl"
 

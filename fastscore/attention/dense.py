@@ -84,9 +84,8 @@ def _as_rows(heads_Thd: torch.Tensor, group: int) -> _Rows:
     step, first = heads_Thd.stride(0), heads_Thd.storage_offset()
     if heads_Thd.stride()[1:] != (size, 1) or step % width or first % width:
         heads_Thd = heads_Thd.contiguous()
-        step, first = num_heads * size, 0
-    if first == 0 and heads_Thd.is_contiguous():
-        return _Rows(heads_Thd.view(-1, width), step // width, 0)
+    if heads_Thd.is_contiguous():
+        return _Rows(heads_Thd.view(-1, width), num_heads // group, 0)
     num_rows = heads_Thd.untyped_storage().nbytes() // heads_Thd.element_size() // width
     return _Rows(heads_Thd.as_strided((num_rows, width), (width, 1), 0), step // width, first // width)
 

@@ -96,18 +96,13 @@ class PackedOperators(Operators):
 
     description = "weights packed by oneDNN"
 
-    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
-        super().__init__(residual_dtype, wide)
-        self._paired = False
-
     def prepare(self, decoder: Decoder) -> Decoder:
-        tables = super().rotary_tables(decoder, torch.zeros(1, dtype=torch.int64)).values()
-        self._paired = all(table.cos_T1r.shape[2] == decoder.head_size for table in tables)
+        paired = _turns_whole_heads(super().rotary_tables(decoder, torch.zeros(1, dtype=torch.int64)), decoder)
         layers = [
             replace(
                 layer,
-                qkv=_packed_pairs(layer.qkv, decoder) if self._paired else _packed(layer.qkv),
-                head_norms=_paired_norms(layer.head_norms) if self._paired else layer.head_norms,
+                qkv=_packed_pairs(layer.qkv, decoder) if paired else _packed(layer.qkv),
+                head_norms=_paired_norms(layer.head_norms) if paired else layer.head_norms,
                 output=_packed(layer.output),
                 gate_up=_packed(layer.gate_up, parts=2),
                 down=_packed(layer.down),
@@ -118,7 +113,7 @@ class PackedOperators(Operators):
 
     def rotary_tables(self, decoder: Decoder, position_ids_T: torch.Tensor) -> dict[str, Table]:
         tables = super().rotary_tables(decoder, position_ids_T)
-        if not self._paired:
+        if not _turns_whole_heads(tables, decoder):
             return tables
         half = decoder.head_size // 2
         return {
@@ -224,13 +219,21 @@ def choose_operators(
 
 
 def packing_works() -> bool:
-    """Whether this PyTorch has oneDNN's layout for bf16 weights."""
-    return bool(torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+    """Whether this PyTorch has oneDNN's layout for bf16 weights, and this CPU the instructions that it is read with."""
+    mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_reorder_linear_weight"):
+        return False
+    return bool(mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed(linear: Linear, parts: int = 1) -> Linear:
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return replace(linear, packed=tuple(reorder(part.contiguous()) for part in linear.weight.chunk(parts)))
+
+
+def _turns_whole_heads(tables: dict[str, Table], decoder: Decoder) -> bool:
+    """In every layer that turns them at all."""
+    return all(table.cos_T1r.shape[2] == decoder.head_size for table in tables.values())
 
 
 def _packed_pairs(qkv: Linear, decoder: Decoder) -> Linear:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fastscore.quantize import is_quantized
+
 LAYERS = {
     "LlamaDecoderLayer",
     "MistralDecoderLayer",
@@ -135,9 +137,7 @@ def _is_special(module: torch.nn.Module) -> bool:
     """A quantised or adapted linear layer, or one with a hook (accelerate's offloading)."""
     if hasattr(module, "_hf_hook"):
         return True
-    return hasattr(module, "in_features") and (
-        type(module) is not torch.nn.Linear or type(module.weight.data) is not torch.Tensor
-    )
+    return hasattr(module, "in_features") and (type(module) is not torch.nn.Linear or is_quantized(module))
 
 
 def _read_layer(layer: Any, rotary_types: Sequence[str]) -> Layer:

@@ -30,8 +30,9 @@ except ImportError as error:
     raise ImportError(f"lm-eval is needed, and accelerate ({error}): pip install 'fastscore[lm-eval]'") from error
 
 from fastscore.config import DEFAULT_WINDOW_TOKENS, DType
+from fastscore.run_stats import RunStats
 from fastscore.scorer import Scorer
-from fastscore.types import InputError, RunStats
+from fastscore.types import InputError
 
 logger = logging.getLogger("fastscore")
 

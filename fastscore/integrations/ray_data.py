@@ -23,7 +23,8 @@ from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_
 from fastscore.blocks import Block, cut_blocks
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.types import InputError, Row, RunStats, ScoredRow
+from fastscore.run_stats import RunStats
+from fastscore.types import InputError, Row, ScoredRow
 from fastscore.windows import OnBadRow
 
 try:

@@ -1,7 +1,8 @@
 """What the LM head costs on a CPU: ``python bench/cpu_head.py --json OUT``.
 
 ``answer_nll`` with a head of SmolLM2's shape against nothing but the matrix product of that shape in fp32, by turns. A
-ratio of 1 would mean that maximum, exponentials, sums, targets and top tokens cost nothing.
+ratio of 1 would mean that maximum, exponentials, sums, targets and top tokens cost nothing. Beside that, how far its
+NLL and that of PyTorch's own ``cross_entropy`` on fp32 logits are from fp64, whose sums over a vocabulary lose nothing.
 
 Shapes: A answer rows, D hidden size, V vocabulary.
 """
@@ -15,12 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from environment import environment, one_line, write_json
 from fastscore_kernels.answer_nll import answer_nll
 from rounds import interleave, medians, table
 
 HIDDEN_SIZE, VOCAB_SIZE = 576, 49152
 ROWS = (64, 512, 4096)
+CHECKED_ROWS = 64
+CROSS_ENTROPY = "cross_entropy fp32"
 GEMM = "GEMM fp32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,18 +51,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         assert gemm > 0
     print(table(["", "median ms", "x GEMM", "GFLOP/s"], lines))
+    errors = errors_from_fp64()
+    print(table(["NLL less fp64's, nats", "mean", "largest"], [[name, *map("{:.1e}".format, e)] for name, e in errors]))
     if options.json is not None:
         shape = {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
-        write_json(options.json, {"environment": where, **shape, "rounds": options.rounds, "cells": cells})
+        write_json(
+            options.json,
+            {"environment": where, **shape, "rounds": options.rounds, "cells": cells, "errors": dict(errors)},
+        )
+
+
+def draw(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, a head whose logits have a standard deviation of 2, and targets."""
+    torch.manual_seed(0)
+    weight_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE) * 2 / HIDDEN_SIZE**0.5
+    return torch.randn(num_rows, HIDDEN_SIZE), weight_VD, torch.randint(VOCAB_SIZE, (num_rows,))
+
+
+@torch.inference_mode()
+def errors_from_fp64() -> list[tuple[str, tuple[float, float]]]:
+    """(mean, largest) difference in nats from the NLL in fp64 of the same operands."""
+    errors = []
+    for name, dtype in DTYPES.items():
+        hidden_AD, weight_VD, target_A = (
+            each.to(dtype) if each.is_floating_point() else each for each in draw(CHECKED_ROWS)
+        )
+        truth_A = F.cross_entropy(hidden_AD.double() @ weight_VD.double().T, target_A, reduction="none")
+        found = {f"answer_nll {name}": answer_nll(hidden_AD, weight_VD, target_A)[0]}
+        if dtype == torch.float32:
+            found[CROSS_ENTROPY] = F.cross_entropy(hidden_AD @ weight_VD.T, target_A, reduction="none")
+        for computed, nll_A in found.items():
+            error_A = nll_A.double() - truth_A
+            errors.append((computed, (float(error_A.mean()), float(error_A.abs().max()))))
+    return errors
 
 
 @torch.inference_mode()
 def measure(num_rows: int, rounds: int) -> dict[str, object]:
     """Seconds, and the median over the rounds of the ratio to the product's seconds in the same round."""
-    torch.manual_seed(0)
-    hidden_AD = torch.randn(num_rows, HIDDEN_SIZE)
-    weight_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE) * 2 / HIDDEN_SIZE**0.5
-    target_A = torch.randint(VOCAB_SIZE, (num_rows,))
+    hidden_AD, weight_VD, target_A = draw(num_rows)
     logits_AV = torch.empty(num_rows, VOCAB_SIZE)
     runs: dict[str, Callable[[], object]] = {GEMM: partial(torch.mm, hidden_AD, weight_VD.T, out=logits_AV)}
     for name, dtype in DTYPES.items():

@@ -99,8 +99,10 @@ def test_killed_fifty_times(rows: Path, model: Path, whole: bytes, server: RunSe
             out.unlink()
             continue
         assert status == -signal.SIGKILL, said
-        assert not out.exists()
         deaths += 1
+        if out.exists():  # killed between the last row and its end
+            assert out.read_bytes() == whole
+            out.unlink()
         reported, after = max((pairs for _, pairs in run.progress()), default=0), kept(out)
         assert after >= before, "what was there stays there"
         missing = max(0, reported - after)

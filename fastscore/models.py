@@ -86,6 +86,8 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    if dtype == torch.bfloat16 and device.type == "cpu" and not native_bf16(device):
+        logger.warning("this CPU has no instructions for bf16 products: fp32 is faster, and nearer to the truth")
     # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
     choose_provider(
         config.attention,

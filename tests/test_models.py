@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from truth import alone, alone_in, plain_model
 
-from fastscore import Scorer
+from fastscore import Scorer, models
 from fastscore.models import native_bf16
 from fastscore.types import InputError
 
@@ -101,6 +101,17 @@ def test_low_precision_is_as_near_as_transformers(family: str, dtype: str, tmp_p
 def test_dtype_auto_is_bf16_only_where_it_is_native(llama: Path) -> None:
     expected = "bfloat16" if native_bf16(torch.device("cpu")) else "float32"
     assert Scorer(str(llama), device="cpu").describe()["dtype"] == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_without_instructions_is_told(
+    native: bool, llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "native_bf16", lambda device: native)
+    with caplog.at_level(logging.WARNING, logger="fastscore"):
+        Scorer(str(llama), dtype="bf16", device="cpu").score_tokens(token_pairs())
+    expected = "this CPU has no instructions for bf16 products: fp32 is faster, and nearer to the truth"
+    assert [record.getMessage() for record in caplog.records] == ([] if native else [expected])
 
 
 def test_device_map(llama: Path) -> None:

@@ -43,7 +43,7 @@ demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model, show the
 	$(RUN) -m fastscore score examples/qa.jsonl -o examples/qa.scored.jsonl
 	$(RUN) examples/show.py examples/qa.scored.jsonl
 	$(RUN) -m fastscore report examples/qa.scored.jsonl -o examples/qa.report.html
-	@printf '\nNext, rows of your own (README.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
+	@printf '\nNext, rows of your own (docs/command.md, "Input"): %s score FILE.jsonl --task qa\n' $(VENV)/bin/fastscore
 
 # Two processes of one thread each: most tests are too small to keep two threads busy. A file's tests stay together.
 test: export OMP_NUM_THREADS ?= 1

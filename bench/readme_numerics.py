@@ -107,7 +107,7 @@ def invariance(folder: Path) -> str:
             f"**Neighbours.** `python bench/invariance.py`: {first['spread_nats'][DETERMINISTIC]['compositions']} "
             f"random choices, orders and budgets of the same {first['requests']} requests with {first['model']}; "
             f"{machine(first['environment'])}. The largest difference that any two made to an answer token, in nats, "
-            f"and how long `--deterministic` takes ({', '.join(link(name) for name, _ in reports)}):"
+            f"and how long `--deterministic` takes ({', '.join(link(name, '../') for name, _ in reports)}):"
         ),
         "",
         "| | by default | `--deterministic` | its time as a multiple of the default's |",

@@ -182,12 +182,11 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "costs": costs,
     "sharing": sharing,
     "fidelity": fidelity,
-    "invariance": invariance,
     "gpu": gpu,
 }
 DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     README: SECTIONS,
-    NUMERICS: {"fidelity in full": fidelity_in_full, "moved by sharing": moved_by_sharing},
+    NUMERICS: {"fidelity in full": fidelity_in_full, "invariance": invariance, "moved by sharing": moved_by_sharing},
 }
 
 

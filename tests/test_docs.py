@@ -27,8 +27,8 @@ def score_options() -> dict[str, click.Option]:
     return {max(option.opts, key=len): option for option in command.params if option.param_type_name == "option"}
 
 
-def test_every_option_is_in_the_readme_and_no_other() -> None:
-    table = TEXT["README.md"].split("### Options")[1].split("### ")[0]
+def test_every_option_is_in_its_table_and_no_other() -> None:
+    table = TEXT["docs/command.md"].split("## Options")[1].split("## ")[0]
     options = score_options()
     named = set(re.findall(OPTION, table))
     assert named == set(options) - {"--help"}
@@ -49,8 +49,10 @@ def test_every_definition_of_a_score_has_its_line() -> None:
     assert set(named) == (expected - {"--baseline none"}) | {"--append-eos", "--keep-raw"}
 
 
-def test_the_models_the_readme_names_are_tested() -> None:
-    said = " ".join(TEXT["README.md"].split("The tests hold, with small random models:")[1].split("\n\n")[0].split())
+def test_the_models_that_are_named_are_tested() -> None:
+    said = " ".join(
+        TEXT["docs/models.md"].split("The tests hold, with small random models:")[1].split("\n\n")[0].split()
+    )
     match = re.fullmatch(r"packed, (.+?); padded, (.+?); encoder-decoder, (.+?)\.", said)
     assert match is not None, said
     lists = [re.split(r", | and ", names) for names in match.groups()]

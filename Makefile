@@ -49,7 +49,7 @@ demo: $(MODEL) ## score examples/qa.jsonl with the embedded 135M model, show the
 test: export OMP_NUM_THREADS ?= 1
 test: export OMP_WAIT_POLICY ?= passive
 test: $(DEV) ## run the tests
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	$(RUN) -m ruff check .

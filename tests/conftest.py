@@ -1,10 +1,12 @@
-"""Before anything imports Triton: where there is no GPU, its kernels run in its interpreter."""
+"""For all tests: kernels run in Triton's interpreter where there is no GPU, which must be said before it is
+imported; programs can be interrupted; long tests come first."""
 
 from __future__ import annotations
 
 import os
 import signal
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -13,3 +15,19 @@ if not torch.cuda.is_available():
 # A shell that starts pytest in the background has it ignore SIGINT, and so would every program that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Few but long tests: begun last, as files of few tests are, they would leave the other process without work.
+LONG_FILES = (
+    "test_docs_run",
+    "test_ray_data",
+    "test_run_faults",
+    "test_torchrun",
+    "test_bench_records",
+    "test_examples",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first; the others stay in their order."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -89,7 +89,7 @@ def test_the_merged_weights_are_the_models_own(bias: bool, tmp_path: Path) -> No
     torch.testing.assert_close(model(ids_1L).logits, untouched(ids_1L).logits)
 
 
-@pytest.mark.skipif(not packing_works(), reason="this PyTorch has no packed weights")
+@pytest.mark.skipif(not packing_works(), reason="needs oneDNN's packed weights, and a CPU that can read them")
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "gemma2"])
 def test_bf16_with_an_fp32_residual_is_nearer_to_the_truth(family: str, tmp_path: Path) -> None:
     """Against fp32 with the same (bf16) weights, over hundreds of states, for the packed and the plain operators."""
@@ -106,7 +106,7 @@ def test_bf16_with_an_fp32_residual_is_nearer_to_the_truth(family: str, tmp_path
     assert kept.norm() < 1.3 * model_error, "with the model's residual dtype about what the model itself gives"
 
 
-@pytest.mark.skipif(not packing_works(), reason="this PyTorch has no packed weights")
+@pytest.mark.skipif(not packing_works(), reason="needs oneDNN's packed weights, and a CPU that can read them")
 @pytest.mark.parametrize(
     ("family", "overrides"), [*((family, {}) for family in OWN), ("phi3", {"partial_rotary_factor": 0.5})]
 )

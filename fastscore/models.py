@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fastscore.attention import AttentionNeeds, choose_provider
 from fastscore.budget import default_budget
 from fastscore.config import ScorerConfig
+from fastscore.decoder import cpu_multiplies_bf16
 from fastscore.forwards import choose_forward
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
@@ -96,7 +97,7 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
     check_weight_files(source, config, hf_config)
-    adapter = None if config.adapter is None else _find_adapter(config)
+    adapter = None if config.adapter is None else _find_adapter(config, source)
     if source.gguf_file is None and not config.allow_pickle:
         extra["use_safetensors"] = True
     if source.local_files_only:  # transformers looks for an adapter beside the model, and asks the hub again for that
@@ -197,9 +198,7 @@ def native_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # Apple's builds have no mkldnn
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and cpu_multiplies_bf16()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -221,12 +220,12 @@ def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: A
         raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
 
 
-def _find_adapter(config: ScorerConfig) -> str:
+def _find_adapter(config: ScorerConfig, source: ModelSource) -> str:
     """The adapter's folder, seen to be loadable before the model's weights are read."""
     if find_spec("peft") is None:
         raise InputError("--adapter needs the peft package: pip install 'fastscore[lora]'")
     try:
-        return adapter_folder(config)
+        return adapter_folder(config, source.local_files_only)
     except InputError:
         raise
     except Exception as error:

@@ -61,8 +61,10 @@ def check_weight_files(source: ModelSource, config: ScorerConfig, hf_config: Any
         _check_adapter(adapter, find, config, model)
 
 
-def adapter_folder(config: ScorerConfig) -> str:
+def adapter_folder(config: ScorerConfig, local_files_only: bool = False) -> str:
     """The folder of the adapter, which is fetched from the hub if need be: what was checked is what is loaded.
+
+    local_files_only: the hub is known not to answer.
 
     Raises:
         InputError: as :func:`check_weight_files`; any error of the hub's client for an adapter that is not there.
@@ -73,7 +75,11 @@ def adapter_folder(config: ScorerConfig) -> str:
     folder = Path(config.adapter).expanduser()
     if not folder.is_dir():
         wanted = ["adapter_config.json", "adapter_model.safetensors", *(["*.bin"] if config.allow_pickle else [])]
-        folder = Path(snapshot_download(config.adapter, allow_patterns=wanted, local_files_only=not hub_answers()))
+        folder = Path(
+            snapshot_download(
+                config.adapter, allow_patterns=wanted, local_files_only=local_files_only or not hub_answers()
+            )
+        )
     find = _in_folder(folder)
     if (adapter := find("adapter_config.json")) is not None:
         _check_adapter(adapter, find, config, f"adapter {config.adapter!r}")

@@ -97,8 +97,8 @@ ROOMS: dict[str, Room] = {
     ),
     "models": room(
         2,
-        "types config padding attention/ budget model_source weight_files lm_head quantize packed_forward self_check "
-        "forwards language_model",
+        "types config padding attention/ decoder/ budget model_source weight_files lm_head quantize packed_forward "
+        "self_check forwards language_model",
         MODEL | {"peft", "accelerate"},
     ),
     "aggregate": room(3, "types config"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastscore.decoder.forward import OwnForward
-from fastscore.decoder.operators import choose_operators
+from fastscore.decoder.operators import choose_operators, cpu_multiplies_bf16
 from fastscore.decoder.weights import read_decoder
 
-__all__ = ["OwnForward", "choose_operators", "read_decoder"]
+__all__ = ["OwnForward", "choose_operators", "cpu_multiplies_bf16", "read_decoder"]

@@ -220,10 +220,12 @@ def choose_operators(
 
 def packing_works() -> bool:
     """Whether this PyTorch has oneDNN's layout for bf16 weights, and this CPU the instructions that it is read with."""
-    mkldnn = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_reorder_linear_weight"):
-        return False
-    return bool(mkldnn._is_mkldnn_bf16_supported())
+    return cpu_multiplies_bf16() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bf16 products, and this PyTorch what uses them (Apple's builds do not)."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed(linear: Linear, parts: int = 1) -> Linear:

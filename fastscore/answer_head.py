@@ -9,7 +9,6 @@ from collections import deque
 
 import numpy as np
 import torch
-from fastscore_kernels.answer_nll import answer_nll
 
 from fastscore.lm_head import LMHead
 from fastscore.ranges import Ints
@@ -102,23 +101,12 @@ class AnswerHead:
 
     def _answer_nll(self, hidden_AD: torch.Tensor, target_AJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._fixed_rows:
-            return self._call(hidden_AD, target_AJ)
+            return self._head.nll(hidden_AD, target_AJ)
         parts = []
         for first in range(0, len(hidden_AD), ROWS_PER_CALL):
             block_AD, block_AJ = hidden_AD[first : first + ROWS_PER_CALL], target_AJ[first : first + ROWS_PER_CALL]
             missing = ROWS_PER_CALL - len(block_AD)
             block_AD = torch.nn.functional.pad(block_AD, (0, 0, 0, missing))
-            nll_AJ, top1_A = self._call(block_AD, torch.nn.functional.pad(block_AJ, (0, 0, 0, missing)))
+            nll_AJ, top1_A = self._head.nll(block_AD, torch.nn.functional.pad(block_AJ, (0, 0, 0, missing)))
             parts.append((nll_AJ[: ROWS_PER_CALL - missing], top1_A[: ROWS_PER_CALL - missing]))
         return torch.cat([nll for nll, _ in parts]), torch.cat([top1 for _, top1 in parts])
-
-    def _call(self, hidden_AD: torch.Tensor, target_AJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return answer_nll(
-            hidden_AD,
-            self._head.weight_VD,
-            target_AJ,
-            bias=self._head.bias_V,
-            logit_scale=self._head.logit_scale,
-            logit_softcap=self._head.logit_softcap,
-            check_targets=False,  # tokenization has looked at every id
-        )

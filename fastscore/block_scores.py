@@ -80,13 +80,16 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
 
 
 def sendable(result: BlockScores) -> BlockScores:
+    """The result, fit to travel."""
+    return result if result.error is None else replace(result, error=sendable_error(result.error))
+
+
+def sendable_error(error: Exception) -> Exception:
     """Errors of other packages may be of any kind and hold anything: they travel as text."""
-    error = result.error
-    if error is None or type(error) is InputError:
-        return result
+    if type(error) is InputError:
+        return error
     first_line = next(iter(str(error).strip().splitlines()), "")
-    text = first_line if type(error) is RuntimeError else f"{type(error).__name__}: {first_line}"
-    return replace(result, error=RuntimeError(text))
+    return RuntimeError(first_line if type(error) is RuntimeError else f"{type(error).__name__}: {first_line}")
 
 
 class Dealt:

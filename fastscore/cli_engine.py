@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastscore.cli_options import NO_VALUE
 from fastscore.types import InputError
 
 SCALE = "Several GPUs and machines"
@@ -39,10 +40,21 @@ GpusPerWorker = Annotated[
         show_default="1 where there are GPUs",
     ),
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tensor-parallel",
+        metavar=NO_VALUE,
+        help="Under torchrun: all processes hold one model together, instead of one each.",
+        rich_help_panel=SCALE,
+    ),
+]
 
 
 @contextmanager
-def chosen_engine(engine: str, num_workers: int | None, gpus_per_worker: float | None, launched: Any) -> Iterator[Any]:
+def chosen_engine(
+    engine: str, num_workers: int | None, gpus_per_worker: float | None, tensor_parallel: bool, launched: Any
+) -> Iterator[Any]:
     """What :func:`fastscore.run_files.run_files` makes its scorer with; ``launched`` is that of torchrun, or None.
 
     Raises:
@@ -55,8 +67,14 @@ def chosen_engine(engine: str, num_workers: int | None, gpus_per_worker: float |
             raise InputError(
                 "--num-workers and --gpus-per-worker belong to --engine ray; torchrun has --nproc_per_node"
             )
+        if tensor_parallel and launched is None:
+            raise InputError(
+                "--tensor-parallel needs several processes: torchrun --nproc_per_node N -m fastscore score ..."
+            )
         yield launched
         return
+    if tensor_parallel:
+        raise InputError("--tensor-parallel belongs to torchrun, not to --engine ray")
     if launched is not None:
         raise InputError("--engine ray starts its workers itself: leave torchrun out")
     from fastscore.integrations.ray_data import ray_engine

@@ -114,6 +114,7 @@ def score(
     engine: cli_engine.Engine = "local",
     num_workers: cli_engine.NumWorkers = None,
     gpus_per_worker: cli_engine.GpusPerWorker = None,
+    tensor_parallel: cli_engine.TensorParallel = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Score every candidate of every row: how likely does it make the answer?
@@ -135,7 +136,7 @@ in the order pos + neg. At most 0; higher is better. The options under "What a s
         name = file_safe(model) if save_name is None else save_name
         jobs = plan_jobs(inputs, output, name, cache=cache, no_cache=no_cache)
         terminal = Terminal(quiet)
-        where = cli_engine.chosen_engine(engine, num_workers, gpus_per_worker, context.obj)
+        where = cli_engine.chosen_engine(engine, num_workers, gpus_per_worker, tensor_parallel, context.obj)
         with terminal.live(), where as open_scorer:
             tally = run_files(
                 jobs,

@@ -59,6 +59,7 @@ class ScorerConfig:
     adapter: LoRA adapter (hub id or folder) that is folded into the weights.
     trust_remote_code: run Python code that comes with the model.
     device_map: spread the model over devices, as accelerate names them (``auto``, say).
+    tensor_parallel: the processes that torchrun started hold one model together; for the program, not in a library.
     attention: name of an attention provider, or ``auto`` for the first one that can run the model.
     forward: whose layers run: ``auto`` is fastscore's own forward pass where it knows the model's layers and agrees
         with them, otherwise the model's; ``own`` insists; ``model`` is always the model's.
@@ -96,6 +97,7 @@ class ScorerConfig:
     overflow: Overflow = "error"
     cache_dir: str | None = None
     device_map: str | None = None
+    tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
@@ -108,6 +110,10 @@ class ScorerConfig:
             _check_choice("quantize", self.quantize, get_args(Quantize))
         if self.forward == "model" and self.own_forward_option:
             raise ValueError("residual fp32 and compile belong to fastscore's own forward pass, not to forward model")
+        if self.tensor_parallel:
+            for name in ("device_map", "adapter", "quantize"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"tensor_parallel and {name} exclude each other")
         if self.max_batch_tokens is not None:
             _check_positive("max_batch_tokens", self.max_batch_tokens)
         _check_positive("window_tokens", self.window_tokens)

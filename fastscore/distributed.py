@@ -1,4 +1,7 @@
-"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of rows and writes; every rank scores."""
+"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of rows and writes; every rank scores.
+
+Or all hold one model together (:mod:`fastscore.shared_model`), and rank 0 runs as one process does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_
 from fastscore.blocks import cut_blocks
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.rank_follower import FAILED, follow, open_on_device
+from fastscore.rank_follower import FAILED, follow, on_own_device, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
 from fastscore.run_stats import RunStats
 from fastscore.types import Row, ScoredRow
@@ -59,6 +62,7 @@ class Lead:
         self._status: int | None = None
         self._failure: Exception | None = None
         self._interrupted = False
+        self._shared: ScorerConfig | None = None
         self._threads = [
             threading.Thread(target=self._serve, args=(Channel(rank),), name=f"fastscore-rank-{rank}", daemon=True)
             for rank in range(1, world_size)
@@ -66,9 +70,18 @@ class Lead:
         for thread in self._threads:
             thread.start()
 
-    def open_scorer(self, config: ScorerConfig) -> ManyRanks:
-        """All ranks as one scorer."""
-        return ManyRanks(self, config, open_on_device(config))
+    def open_scorer(self, config: ScorerConfig) -> Any:
+        """All ranks as one scorer: each with a model, or all with one."""
+        if not config.tensor_parallel:
+            return ManyRanks(self, config, open_on_device(config))
+        # Not at the top: followers import this file before they have been made quiet.
+        from fastscore.shared_model import SharedScorer
+
+        scorer = SharedScorer.on_rank_0(on_own_device(config), self.check_lost)
+        with self.changed:
+            self._shared = config
+            self.changed.notify_all()
+        return scorer
 
     @contextmanager
     def dealing(self, job: Job, dealt: Dealt) -> Iterator[None]:
@@ -98,17 +111,23 @@ class Lead:
 
     def end(self, status: int) -> bool:
         """Tell all ranks how the run ended; whether all of them know."""
+        all_heard = True
+        if self._shared is not None:
+            from fastscore.shared_model import end_following
+
+            all_heard = end_following()
         with self.changed:
             self._status = status
             self.changed.notify_all()
         deadline = time.monotonic() + GOODBYE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads) and self._failure is None
+        return all_heard and not any(thread.is_alive() for thread in self._threads) and self._failure is None
 
     def _serve(self, channel: Channel) -> None:
         """What rank 0 does for one other rank, in a thread of its own."""
         finished = -1
+        shares = False
         try:
             while True:
                 match channel.receive():
@@ -119,13 +138,16 @@ class Lead:
                         finished = result.index
                         self._take(result)
                     case ("wanted",):
-                        while (order := self._next_order()) is None:
+                        while (order := self._next_order(shares)) is None:
                             channel.send("wait")
                         channel.send(*order)
+                        shares = order[0] == "share"
                         if order[0] == "end":
                             return
                     case ("interrupted",):
                         self._interrupted = True
+                    case ("failed", error):
+                        self._fail(error)
                     case _:  # it says that it is there
                         pass
         except Lost as error:
@@ -141,16 +163,19 @@ class Lead:
                 self._dealt.finish(result)
             self.changed.notify_all()
 
-    def _next_order(self) -> tuple[Any, ...] | None:
+    def _next_order(self, has_shared: bool) -> tuple[Any, ...] | None:
         def has_order() -> bool:
             may_claim = self._dealt is not None and self._dealt.may_claim and self._failure is None
-            return self._status is not None or may_claim
+            may_share = self._shared is not None and not has_shared
+            return self._status is not None or may_claim or may_share
 
         with self.changed:
             if not self.changed.wait_for(has_order, HEARTBEAT_SECONDS):
                 return None
             if self._status is not None:
                 return "end", self._status
+            if self._shared is not None:
+                return "share", self._shared
             assert self._dealt is not None, "there is a job"
             try:
                 block = self._dealt.claim()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from fastscore_kernels.answer_nll import answer_nll_path
 from huggingface_hub import try_to_load_from_cache
@@ -97,7 +98,10 @@ def _content(name: str, file: str, cache_dir: str | None = None, revision: str |
 def _machine(model: LanguageModel) -> dict[str, str | int]:
     """Whatever may change the last bit of a score."""
     is_cuda = model.device.type == "cuda"
+    # Sums over processes that hold a model together; without them nothing is said, as before there were any.
+    together = {} if model.followers is None else {"processes": dist.get_world_size()}
     return {
+        **together,
         "device": torch.cuda.get_device_name(model.device) if is_cuda else cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -6,7 +6,7 @@ Shapes: A answer rows, D hidden, R requests, Q answer slots.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,6 +63,8 @@ class LanguageModel:
     forward_name: whose layers run and how, in words.
     max_batch_tokens: budget of a batch; halved when the device runs out of memory.
     longest_packed: longer inputs take the padded path, a batch of their own (LongRoPE); None for no such limit.
+    followers: tells other processes, which hold parts of this model, what it is about to do; None where there are none.
+        All must cut the same packs, so that one which runs out of memory ends the run.
     """
 
     model: PreTrainedModel
@@ -78,6 +80,7 @@ class LanguageModel:
     share_prefixes: bool = True
     deterministic: bool = False
     longest_packed: int | None = None
+    followers: Callable[..., None] | None = None
 
     def plan(self, requests: Sequence[ScoringRequest]) -> Plan:
         """Which requests run packed, what they share, and where the NLL of each of their answer tokens is found."""
@@ -134,7 +137,7 @@ class LanguageModel:
                     hidden, carry = self.forward(pack, carried, None if self.deterministic else pack.answer_row_A)
                     hidden_AD = hidden[pack.answer_row_A] if self.deterministic else hidden
             except torch.OutOfMemoryError:
-                if self.deterministic or size <= SMALLEST_BUDGET:
+                if self.deterministic or size <= SMALLEST_BUDGET or self.followers is not None:
                     raise
                 self._halve_budget(size)
                 continue
@@ -164,7 +167,7 @@ class LanguageModel:
                     else:
                         hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
             except torch.OutOfMemoryError:
-                if len(group) == 1:
+                if len(group) == 1 or self.followers is not None:
                     raise
                 self._halve_budget(batch.num_tokens)
                 middle = len(group) // 2

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fastscore.aggregate import is_finite, not_finite, split_answers
-from fastscore.answer_head import AnswerHead
+from fastscore.execution import Execution
 from fastscore.interrupts import held_back
 from fastscore.kept_scores import Work
 from fastscore.language_model import LanguageModel
@@ -37,7 +37,7 @@ class Launch:
         self._lengths = [len(request.token_ids) for request in work.requests]
         self._stats = stats
         self._on_progress = on_progress
-        self._head = AnswerHead(model.head, work.plan.slots.count, fixed_rows=model.deterministic)
+        self._execution = Execution(model, work.plan)
         self._called = 0.0
         self._patience = KEEP_SECONDS
         self._steps = self._batches()
@@ -69,7 +69,7 @@ class Launch:
         """Finish what has been queued and put it into the cache: how an interrupted run ends."""
         if self._work.keeper is not None:
             with held_back():
-                self._head.flush()
+                self._execution.flush()
                 self._put(wait=True)
 
     def _scores(self) -> list[AnswerScore]:
@@ -77,7 +77,7 @@ class Launch:
         started = time.perf_counter()
         while self._put(wait=True, at_most=1):
             pass
-        nll_Q, greedy_Q = self._head.scores.wait()
+        nll_Q, greedy_Q = self._execution.head.scores.wait()
         slots = self._work.plan.slots
         answers = split_answers(nll_Q[slots.slot].tolist(), greedy_Q[slots.slot].tolist(), slots.offset_R.tolist())
         scores = list(answers)
@@ -94,13 +94,11 @@ class Launch:
         stats.cached += self._work.num_known
         share = len(self._lengths) / max(1, slots.count)
         done = 0.0
-        batches = model.run(self._work.plan)
         while True:
             with held_back():
-                batch, hidden_AD = next(batches, (None, None))
-                if batch is None or hidden_AD is None:
+                batch = self._execution.step()
+                if batch is None:
                     break
-                self._head.add(batch, hidden_AD)
                 self._keep_in_time()
             # A request is done with its last answer token; in between, pairs are counted by their share of the slots.
             done += share * len(batch.slot_Q)
@@ -112,7 +110,7 @@ class Launch:
                 self._on_progress(replace(stats, pairs=stats.pairs + int(done)))
             yield
             started = time.perf_counter()
-        self._head.flush()
+        self._execution.finish()
         stats.pairs += len(self._lengths)
         stats.answer_tokens += len(slots.slot)
         stats.tokens_unpadded += sum(self._lengths)
@@ -123,17 +121,17 @@ class Launch:
         if self._work.keeper is None:
             return
         now = time.perf_counter()
-        if not self._head.num_rows:
+        if not self._execution.head.num_rows:
             self._called = now
         elif now - self._called >= self._patience:
-            self._head.flush()
+            self._execution.flush()
             self._called = time.perf_counter()
             self._patience = max(KEEP_SECONDS, KEEP_COST * (self._called - now))
         self._put()
 
     def _put(self, wait: bool = False, at_most: int | None = None) -> bool:
         """Put scores that are here, or with ``wait`` those on their way, into the cache; whether there were any."""
-        keeper, scores, count = self._work.keeper, self._head.scores, 0
+        keeper, scores, count = self._work.keeper, self._execution.head.scores, 0
         if keeper is None:
             return False
         with held_back():

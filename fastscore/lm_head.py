@@ -1,26 +1,55 @@
-"""The LM head as the answer NLL wants it: a weight, a bias, and what the model does to its logits afterwards."""
+"""The LM head as the answer NLL wants it: a weight, a bias, and what the model does to its logits afterwards.
+
+Shapes: A answer rows, J targets per row, D hidden size, V vocabulary, or a process's part of it where several hold one
+head together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from fastscore_kernels.answer_nll import answer_nll
 from transformers import PreTrainedModel
 
+from fastscore.shards import first_row, is_split, own_part, processes
 from fastscore.types import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """``logits = softcap(logit_scale * (hidden @ weight_VD.T + bias_V))``."""
+    """``logits = softcap(logit_scale * (hidden @ weight_VD.T + bias_V))``.
+
+    vocab_size: of the whole model. first_token, group: of weight and bias, where each process of a group holds the rows
+        of some tokens.
+    """
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
     logit_scale: float
     logit_softcap: float | None
+    vocab_size: int
+    first_token: int = 0
+    group: Any = None
+
+    def nll(self, hidden_AD: torch.Tensor, target_AJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """NLL in nats ``[A, J]`` of the targets, which the caller has checked, and each row's most probable token."""
+        options: dict[str, Any] = {
+            "bias": self.bias_V,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
+        if self.group is None:
+            return answer_nll(hidden_AD, self.weight_VD, target_AJ, **options, check_targets=False)
+        from fastscore_kernels.vocab_parallel import vocab_parallel_answer_nll
+
+        return vocab_parallel_answer_nll(
+            hidden_AD, self.weight_VD, target_AJ, **options, vocab_start=self.first_token, group=self.group
+        )
 
     def logits(self, hidden_AD: torch.Tensor) -> torch.Tensor:
-        """Full logits ``[A, V]`` in fp32: for checks on a few rows, never for scoring."""
+        """Logits ``[A, V]`` in fp32: for checks on a few rows, never for scoring."""
         logits_AV = hidden_AD.float() @ self.weight_VD.float().T
         if self.bias_V is not None:
             logits_AV = logits_AV + self.bias_V.float()
@@ -43,7 +72,14 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     bias_V = getattr(module, "bias", None)
     if bias_V is None and (row_1V := getattr(model, "final_logits_bias", None)) is not None:  # BART
         bias_V = row_1V[0]
-    return LMHead(module.weight, bias_V, _logit_scale(config), _logit_softcap(config))
+    weight_VD, scale, softcap = module.weight, _logit_scale(config), _logit_softcap(config)
+    vocab_size = len(weight_VD)
+    if bias_V is not None:
+        bias_V = own_part(bias_V)
+    if not is_split(weight_VD):
+        return LMHead(own_part(weight_VD), bias_V, scale, softcap, vocab_size)
+    first, group = first_row(weight_VD), processes(weight_VD)
+    return LMHead(own_part(weight_VD), bias_V, scale, softcap, vocab_size, first, group)
 
 
 def _logit_scale(config: object) -> float:
@@ -68,16 +104,18 @@ def _logit_softcap(config: object) -> float | None:
 
 
 def check_lm_head(head: LMHead, hidden_AD: torch.Tensor, logits_AV: torch.Tensor) -> None:
-    """Compare the head with the model's own logits for the same hidden states.
+    """Compare the head with the model's own logits ``[A, V]`` of the whole vocabulary for the same hidden states.
 
     Raises:
         InputError: they differ: the head does something that is not known here, and scores would be wrong.
     """
-    if hidden_AD.shape[1] != head.weight_VD.shape[1] or logits_AV.shape[1] != head.weight_VD.shape[0]:
+    shape = (head.vocab_size, head.weight_VD.shape[1])
+    if shape != (logits_AV.shape[1], hidden_AD.shape[1]):
         raise InputError(
-            f"hidden states of size {hidden_AD.shape[1]}, an LM head of shape {tuple(head.weight_VD.shape)} and "
+            f"hidden states of size {hidden_AD.shape[1]}, an LM head of shape {shape} and "
             f"{logits_AV.shape[1]} logits do not fit together: this architecture is not supported"
         )
+    logits_AV = logits_AV[:, head.first_token : head.first_token + len(head.weight_VD)]
     ours_AV, theirs_AV = head.logits(hidden_AD), logits_AV.float()
     # Log-probabilities don't see a constant, so neither does this.
     ours_AV = ours_AV - ours_AV.mean(dim=1, keepdim=True)

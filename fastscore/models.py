@@ -22,6 +22,7 @@ from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq
 from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import check_causal, check_packed, probe_requests
+from fastscore.split_model import split_over_processes
 from fastscore.types import InputError, ScoringRequest, dtype_name
 from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
 
@@ -96,6 +97,8 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     )
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
+    if config.tensor_parallel:
+        extra["distributed_config"] = split_over_processes(source, hf_config, device)
     check_weight_files(source, config, hf_config)
     adapter = None if config.adapter is None else _find_adapter(config, source)
     if source.gguf_file is None and not config.allow_pickle:
@@ -108,7 +111,7 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         raise InputError(f"model {config.model!r}: {_some(missing)} not among its weights: is it a language model?")
     if adapter is not None:
         model = _with_adapter(model, adapter, config)
-    if not config.device_map:
+    if not (config.device_map or config.tensor_parallel):
         model = model.to(device)  # type: ignore[arg-type]
     if config.quantize is not None:
         quantize_linears(model, config.quantize)
@@ -246,7 +249,7 @@ def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> 
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> None:
     """A few tokens through the whole model and through body and head: the logits must agree."""
-    request = probe_requests(head.weight_VD.shape[0])[0]
+    request = probe_requests(head.vocab_size)[0]
     ids_1L = torch.tensor([request.token_ids], device=device)
     with own_attention(model):
         if model.config.is_encoder_decoder:

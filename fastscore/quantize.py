@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fastscore.shards import is_distributed
 from fastscore.types import InputError
 
 FP8_CAPABILITY = (8, 9)
@@ -38,7 +39,9 @@ def quantize_linears(model: PreTrainedModel, how: str) -> None:
 
 def is_quantized(module: torch.nn.Module) -> bool:
     """Whether a linear layer's weight is one of torchao's tensors in place of a plain one."""
-    return isinstance(module, torch.nn.Linear) and type(module.weight.data) is not torch.Tensor
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    return type(module.weight.data) is not torch.Tensor and not is_distributed(module.weight)
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

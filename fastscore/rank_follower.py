@@ -1,4 +1,6 @@
-"""A process that torchrun started beside rank 0: it scores the blocks it is given, and says nothing."""
+"""A process that torchrun started beside rank 0: it scores the blocks it is given, or holds a part of rank 0's model.
+
+It says nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ import torch
 import torch.distributed as dist
 
 import fastscore
-from fastscore.block_scores import BlockScores, Job, score_block, sendable
+from fastscore.block_scores import BlockScores, Job, score_block, sendable, sendable_error
 from fastscore.blocks import Block
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig
-from fastscore.interrupts import Interrupted, ended_by_signals
+from fastscore.interrupts import Interrupted, ended_by_signals, held_back
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, local_rank
 from fastscore.run_stats import RunStats
 from fastscore.types import InputError
 
-FAILED, SIGNALLED = 1, 128
+FAILED, BAD_INPUT, SIGNALLED = 1, 2, 128
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _REPORT_SECONDS = 0.5
 
@@ -49,6 +51,8 @@ def follow(rank: int) -> int:
     except Lost:
         print(f"fastscore: failed: rank {rank}: rank 0 is gone before the run has ended", file=sys.stderr)
         status = FAILED
+    except Failed as failed:
+        status = failed.status
     except Interrupted as stop:  # of rank 0 too, which says so
         follower.tell_interrupted()
         status = SIGNALLED + stop.signum
@@ -58,7 +62,12 @@ def follow(rank: int) -> int:
 
 
 def open_on_device(config: ScorerConfig) -> Any:
-    """A scorer on this rank's own GPU, where there are GPUs.
+    """A scorer on this rank's own GPU, where there are GPUs; raises as :func:`on_own_device`."""
+    return fastscore.Scorer.from_config(on_own_device(config))
+
+
+def on_own_device(config: ScorerConfig) -> ScorerConfig:
+    """The config with this rank's own GPU, where there are GPUs.
 
     Raises:
         InputError: there is no GPU for this rank, or the model was to be spread over all of them.
@@ -72,7 +81,15 @@ def open_on_device(config: ScorerConfig) -> Any:
             raise InputError(f"{place + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(place)
         config = replace(config, device=f"cuda:{place}")
-    return fastscore.Scorer.from_config(config)
+    return config
+
+
+class Failed(Exception):
+    """This rank ends in the middle of something, and with that status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Follower:
@@ -115,11 +132,33 @@ class Follower:
                 pass
             if order[0] == "end":
                 return int(order[1])
+            if order[0] == "share":
+                self._share(order[1])
+                continue
             job, block = order[1:]
             self._is_busy = True
             result = self._score(job, block)
             self._progress = None
             self._channel.send("scores", sendable(replace(result, worker=str(dist.get_rank()))))
+
+    def _share(self, config: ScorerConfig) -> None:
+        """Hold a part of rank 0's model until the run ends. A signal that ends the run is rank 0's to hear.
+
+        Raises:
+            Lost: rank 0 is gone.
+            Failed: this rank can't go on, and rank 0 knows why.
+        """
+        from fastscore.shared_model import follow_model  # transformers, which has to be quiet by then
+
+        self._is_busy = True
+        try:
+            with held_back():
+                follow_model(lambda: open_on_device(config).load())
+        except Lost:
+            raise
+        except Exception as error:
+            self._channel.send("failed", sendable_error(error))
+            raise Failed(BAD_INPUT if isinstance(error, InputError) else FAILED) from error
 
     def tell_interrupted(self) -> None:
         """Say that this rank leaves, and not because it failed."""

@@ -35,7 +35,9 @@ def meet() -> int:
     """
     store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))
     store.set_timeout(MEETING)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=SILENCE)
+    # NCCL is there for a model that several hold together; nobody connects by it before they do.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=SILENCE)
     return rank
 
 
@@ -79,6 +81,37 @@ class Channel:
         except RuntimeError as error:
             raise Lost(str(error)) from error
         return pickle.loads(data_B.numpy().data)
+
+
+def tell_all(*message: Any) -> None:
+    """To every other rank, which are in :func:`hear`; returns when it is on its way. For one thread at a time.
+
+    Raises:
+        Lost: somebody is not there.
+    """
+    data_B = torch.frombuffer(bytearray(pickle.dumps(message, protocol=5)), dtype=torch.uint8)
+    try:
+        dist.broadcast(torch.tensor([len(data_B)]), 0)
+        dist.broadcast(data_B, 0)
+    except RuntimeError as error:
+        raise Lost(str(error)) from error
+
+
+def hear() -> tuple[Any, ...]:
+    """What rank 0 tells all.
+
+    Raises:
+        Lost: it is gone.
+    """
+    size_1 = torch.empty(1, dtype=torch.int64)
+    try:
+        dist.broadcast(size_1, 0)
+        data_B = torch.empty(int(size_1), dtype=torch.uint8)
+        dist.broadcast(data_B, 0)
+    except RuntimeError as error:
+        raise Lost(str(error)) from error
+    message: tuple[Any, ...] = pickle.loads(data_B.numpy().data)
+    return message
 
 
 def leave(status: int, in_order: bool) -> int:

@@ -79,6 +79,7 @@ class Scorer:
         overflow: Overflow = "error",
         cache_dir: str | None = None,
         device_map: str | None = None,
+        tensor_parallel: bool = False,
         cache: str | Path | None = None,
     ) -> None:
         self.config = ScorerConfig(
@@ -101,6 +102,7 @@ class Scorer:
             overflow=overflow,
             cache_dir=cache_dir,
             device_map=device_map,
+            tensor_parallel=tensor_parallel,
         )
         self._source: ModelSource | None = resolve_model(model)
         with collection_paused():

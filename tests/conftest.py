@@ -21,6 +21,7 @@ LONG_FILES = (
     "test_docs_run",
     "test_ray_data",
     "test_run_faults",
+    "test_tensor_parallel",
     "test_torchrun",
     "test_bench_records",
     "test_examples",

@@ -131,6 +131,7 @@ def test_help_of_score_names_every_option() -> None:
     """
     for option in options.split():
         assert f" {option} " in done.stdout, option
+    assert " --tensor-parallel " in done.stdout
     # bench has the same but for those about what is written.
     bench = fastscore("bench", "--help").stdout
     for option in options.replace("--save-name --output", "--seconds --max-rows --json").split():

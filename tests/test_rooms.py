@@ -82,12 +82,14 @@ ROOMS: dict[str, Room] = {
     "weight_files": room(
         2, "types config hub model_source", frozenset({"transformers", "safetensors", "huggingface_hub"})
     ),
-    "lm_head": room(2, "types", MODEL),
+    "shards": room(2, "", frozenset({"torch"})),
+    "lm_head": room(2, "kernels/ types shards", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
-    "quantize": room(2, "types", MODEL | {"torchao"}),
-    "decoder/": room(2, "types attention/ decoder/ quantize", MODEL),
+    "split_model": room(2, "types model_source", MODEL),
+    "quantize": room(2, "types shards", MODEL | {"torchao"}),
+    "decoder/": room(2, "types attention/ decoder/ quantize shards", MODEL),
     "budget": room(2, "", frozenset({"torch"})),
-    "answer_head": room(2, "kernels/ transfer types ranges lm_head", frozenset({"numpy", "torch"})),
+    "answer_head": room(2, "transfer types ranges lm_head", frozenset({"numpy", "torch"})),
     "self_check": room(2, "types prefix_tree packing padding attention/ packed_forward quantize", MODEL),
     "forwards": room(2, "types config attention/ decoder/ packed_forward self_check", MODEL),
     "language_model": room(
@@ -98,9 +100,10 @@ ROOMS: dict[str, Room] = {
     "models": room(
         2,
         "types config padding attention/ decoder/ budget model_source weight_files lm_head quantize packed_forward "
-        "self_check forwards language_model",
+        "self_check forwards language_model split_model",
         MODEL | {"peft", "accelerate"},
     ),
+    "execution": room(3, "types language_model answer_head"),
     "aggregate": room(3, "types config"),
     "identity": room(
         3,
@@ -110,7 +113,7 @@ ROOMS: dict[str, Room] = {
     "kept_scores": room(
         3, "types ranges fingerprint cache_blocks cache_file cache language_model", frozenset({"numpy"})
     ),
-    "launch": room(3, "types run_stats interrupts language_model answer_head aggregate kept_scores"),
+    "launch": room(3, "types run_stats interrupts language_model execution aggregate kept_scores"),
     "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
@@ -129,8 +132,9 @@ ROOMS |= {
         4, f"{_EDGE} ray_shelf ray_cache", MODEL | {"datasets", "lm_eval", "numpy", "pyarrow", "ray", "tqdm"}
     ),
     "rank_messages": room(4, "", frozenset({"torch"})),
-    "rank_follower": room(4, f"{_EDGE} rank_messages", frozenset({"torch"})),
-    "distributed": room(4, f"{_EDGE} rank_messages rank_follower", frozenset({"torch"})),
+    "shared_model": room(4, "scorer config execution language_model rank_messages types", frozenset({"torch"})),
+    "rank_follower": room(4, f"{_EDGE} rank_messages shared_model", frozenset({"torch"})),
+    "distributed": room(4, f"{_EDGE} rank_messages rank_follower shared_model", frozenset({"torch"})),
     "launched": room(4, "distributed"),
     "report/": room(4, f"{_EDGE} run_files", frozenset({"numpy", "jinja2", "markupsafe", "vl_convert"})),
     "run_lm_score": room(4, f"{_EDGE} run_files terminal integrations/ launched"),

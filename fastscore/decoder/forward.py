@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from fastscore.attention import Attend
 from fastscore.decoder.operators import Operators, Table
@@ -56,12 +57,19 @@ class OwnForward:
             )
             if rows_A is not None and index == len(decoder.layers) - 1:
                 out_THd, residual_TD = out_THd[rows_A], residual_TD[rows_A]
-            delta_TD = operators.linear(out_THd.flatten(1), layer.output)
+            delta_TD = self._summed(operators.linear(out_THd.flatten(1), layer.output))
             residual_TD = operators.add(residual_TD, delta_TD, layer.attention_post_norm, decoder.residual_scale)
             normed_TD = operators.norm(residual_TD, layer.feed_forward_norm, decoder.dtype)
-            delta_TD = operators.linear(operators.gated(normed_TD, layer.gate_up, decoder.activation), layer.down)
+            gated_TF = operators.gated(normed_TD, layer.gate_up, decoder.activation)
+            delta_TD = self._summed(operators.linear(gated_TF, layer.down))
             residual_TD = operators.add(residual_TD, delta_TD, layer.feed_forward_post_norm, decoder.residual_scale)
         return operators.norm(residual_TD, decoder.norm, decoder.dtype), carry
+
+    def _summed(self, delta_TD: torch.Tensor) -> torch.Tensor:
+        """Over the processes that hold the model together, each of which has a part of every sum."""
+        if self.decoder.group is not None:
+            dist.all_reduce(delta_TD, group=self.decoder.group)
+        return delta_TD
 
     def _heads(
         self, layer: Layer, normed_TD: torch.Tensor, tables: dict[str, Table]

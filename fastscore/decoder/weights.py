@@ -3,6 +3,8 @@
 The query, key and value projections become one matrix, gate and up projections another (one product in place of
 several). The model's own parameters are made views of the merged ones: it stays usable, and nothing is held twice.
 
+Where several processes hold a model together, each has some of the heads and some of the feed-forward network's width.
+
 Shapes: D hidden, H query heads, K key-value heads, d head size, F feed-forward size.
 """
 
@@ -16,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastscore.quantize import is_quantized
+from fastscore.shards import is_split, own_part, processes, with_own_part
 
 LAYERS = {
     "LlamaDecoderLayer",
@@ -78,7 +81,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model without its head. ``rotary_emb`` is the model's own module: positions to cosines and sines."""
+    """A model without its head. ``rotary_emb`` is the model's own module: positions to cosines and sines.
+
+    num_heads, num_kv_heads: those of this process. group: the processes that hold the model together; what the output
+        and the down projection give is to be summed over them. None where there is one.
+    """
 
     embedding: torch.nn.Module
     embedding_scale: float
@@ -93,6 +100,7 @@ class Decoder:
     activation: str
     residual_scale: float
     dtype: torch.dtype
+    group: Any = None
 
 
 def read_decoder(model: PreTrainedModel, body: torch.nn.Module) -> Decoder | str:
@@ -115,6 +123,12 @@ def read_decoder(model: PreTrainedModel, body: torch.nn.Module) -> Decoder | str
         return "its linear layers are not plain ones"
     if len({parameter.device for parameter in body.parameters()}) > 1:
         return "its layers are on several devices"
+    parts, group = 1, None
+    if any(map(is_split, layers.parameters())):
+        if not all(map(_is_split_by_heads, layers)):
+            return "its layers are not split by heads"
+        group = processes(next(filter(is_split, layers.parameters())))
+        parts = group.size()
     types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     per_type = types if names == {"Gemma3DecoderLayer"} else ("",)
     return Decoder(
@@ -124,13 +138,24 @@ def read_decoder(model: PreTrainedModel, body: torch.nn.Module) -> Decoder | str
         rotary_types=per_type,
         layers=tuple(_read_layer(layer, per_type) for layer in layers),
         norm=_norm(body.norm),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_heads=config.num_attention_heads // parts,
+        num_kv_heads=config.num_key_value_heads // parts,
         head_size=layers[0].self_attn.head_dim,  # type: ignore[union-attr, arg-type]
         activation=activation,
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
         dtype=model.dtype,
+        group=group,
     )
+
+
+def _is_split_by_heads(layer: Any) -> bool:
+    """Whether queries, keys, values, gate and up are split by what they give, and the two after them by what they take.
+    Projections that a family has merged itself are split otherwise."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj") or hasattr(mlp, "gate_up_proj"):
+        return False
+    first = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+    return all(is_split(module.weight) for module in (*first, attention.o_proj, mlp.down_proj))
 
 
 def _is_special(module: torch.nn.Module) -> bool:
@@ -160,24 +185,32 @@ def _read_layer(layer: Any, rotary_types: Sequence[str]) -> Layer:
         scaling=attention.scaling,
         sliding_window=window,
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        output=_linear(attention.o_proj),
+        output=_summed_linear(attention.o_proj),
         attention_post_norm=_norm(layer.post_attention_layernorm) if four else None,
         feed_forward_norm=_norm(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm),
         gate_up=_linear(mlp.gate_up_proj) if hasattr(mlp, "gate_up_proj") else _merge([mlp.gate_proj, mlp.up_proj]),
-        down=_linear(mlp.down_proj),
+        down=_summed_linear(mlp.down_proj),
         feed_forward_post_norm=_norm(layer.post_feedforward_layernorm) if four else None,
     )
 
 
 def _norm(module: Any) -> Norm:
-    weight = module.weight.detach().float()
+    weight = own_part(module.weight).detach().float()
     is_gemma = type(module).__name__.startswith("Gemma")
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(weight + 1.0 if is_gemma else weight, float(eps))
 
 
 def _linear(module: Any) -> Linear:
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    return Linear(own_part(module.weight).detach(), None if module.bias is None else own_part(module.bias).detach())
+
+
+def _summed_linear(module: Any) -> Linear:
+    """Where processes sum what theirs give, the bias is added by the first alone."""
+    linear = _linear(module)
+    if is_split(module.weight) and processes(module.weight).rank():
+        return Linear(linear.weight, None)
+    return linear
 
 
 def _merge(modules: Sequence[Any]) -> Linear:
@@ -188,11 +221,12 @@ def _merge(modules: Sequence[Any]) -> Linear:
 
 
 def _joined(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    base = parameters[0]._base
-    sizes = [len(parameter) for parameter in parameters]
-    if base is not None and len(base) == sum(sizes) and all(p._base is base for p in parameters):  # merged before
+    parts = [own_part(parameter) for parameter in parameters]
+    base = parts[0]._base
+    sizes = [len(part) for part in parts]
+    if base is not None and len(base) == sum(sizes) and all(part._base is base for part in parts):  # merged before
         return base
-    joined = torch.cat([parameter.detach() for parameter in parameters])
+    joined = torch.cat([part.detach() for part in parts])
     for parameter, part in zip(parameters, joined.split(sizes), strict=True):
-        parameter.data = part
+        parameter.data = with_own_part(parameter, part)
     return joined

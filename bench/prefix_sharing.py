@@ -16,6 +16,7 @@ from typing import Any
 from compare import compare, comparison_table
 from contenders import TUNED, FastScore, Padded, PaddedTuned, load_both
 from environment import environment, one_line, write_json
+from peer_lm_eval import LMEval
 from sharing_workload import choice_questions, first_queries, keeping_share, qa_queries, sharing
 from transformers import PreTrainedModel
 from workload import Workload
@@ -25,7 +26,7 @@ from fastscore.config import DEFAULT_MODEL
 
 
 def measure_files(
-    scorer: Scorer, plain: PreTrainedModel, num_queries: int, num_questions: int, rounds: int
+    scorer: Scorer, plain: PreTrainedModel, num_queries: int, num_questions: int, rounds: int, harness: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The report of one file after the other."""
     queries, questions = qa_queries(scorer.tokenizer), choice_questions(scorer.tokenizer)
@@ -33,16 +34,19 @@ def measure_files(
         (queries, keeping_share(queries, num_queries)),
         (questions, first_queries(questions, num_questions)),
     ):
-        yield measure(scorer, plain, workload, sharing(whole.pairs).factor, rounds)
+        yield measure(scorer, plain, workload, sharing(whole.pairs).factor, rounds, harness)
 
 
 def measure(
-    scorer: Scorer, plain: PreTrainedModel, workload: Workload, whole_factor: float, rounds: int
+    scorer: Scorer, plain: PreTrainedModel, workload: Workload, whole_factor: float, rounds: int, harness: bool
 ) -> dict[str, Any]:
-    """One comparison as plain values; ``whole_factor`` is the sharing factor of the file it was taken from."""
+    """One comparison as plain values; ``whole_factor`` is the sharing factor of the file it was taken from. With
+    ``harness``, lm-evaluation-harness's own model takes part."""
     pairs = workload.pairs
     ours = FastScore(scorer)
     contenders = [ours, ours.without_tree(), Padded(plain), PaddedTuned.picked(plain, pairs)]
+    if harness:
+        contenders.append(LMEval.picked(plain, scorer.tokenizer, pairs))
     return {
         "workload": workload.describe(),
         "sharing_factor": sharing(pairs).factor,
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--questions", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lm-eval", action="store_true", help="lm-evaluation-harness's own model takes part")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
 
@@ -78,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = environment()
     print(one_line(where), flush=True)
     files: list[dict[str, Any]] = []
-    for result in measure_files(scorer, plain, options.queries, options.questions, options.rounds):
+    for result in measure_files(scorer, plain, options.queries, options.questions, options.rounds, options.lm_eval):
         files.append(result)
         print(show(result), flush=True)
         if options.json is not None:

@@ -1,4 +1,4 @@
-"""Writes measured tables of the README and docs/numerics.md from ``results/``: ``python bench/readme_table.py``.
+"""Writes measured tables of the README and of docs/ from ``results/``: ``python bench/readme_table.py``.
 
 What stands between ``<!-- measured: NAME -->`` and ``<!-- end of measured: NAME -->`` is made by the function of that
 name below, from its files alone, and says on what they were measured. Where a file is absent, so does the README.
@@ -20,10 +20,11 @@ from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
+from readme_scale import scale_out
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
-README, NUMERICS = ROOT / "README.md", ROOT / "docs" / "numerics.md"
+README, NUMERICS, SCALE_OUT = ROOT / "README.md", ROOT / "docs" / "numerics.md", ROOT / "docs" / "scale-out.md"
 RESULTS = ROOT / "bench" / "results"
 END_TO_END = "end-to-end-smollm2-135m-cpu-bf16.json"
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
@@ -187,6 +188,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     README: SECTIONS,
     NUMERICS: {"fidelity in full": fidelity_in_full, "invariance": invariance, "moved by sharing": moved_by_sharing},
+    SCALE_OUT: {"scale out": scale_out},
 }
 
 

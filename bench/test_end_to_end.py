@@ -54,7 +54,7 @@ def test_end_to_end(name: str, report: dict[str, Any], benchmark: BenchmarkFixtu
     CLOCK.rounds = list(values["seconds"])
     benchmark.extra_info.update({key: value for key, value in values.items() if isinstance(value, float | int)})
     if name == OURS:
-        others = {peer: report["contenders"][peer] for peer in (PADDED, TUNED) if peer in report["contenders"]}
+        others = {peer: report["contenders"][peer] for peer in (PADDED, TUNED, LM_EVAL) if peer in report["contenders"]}
         ratios = {f"end to end: {OURS} / {peer}": 1 / found["times_fastscore"] for peer, found in others.items()}
         ratios[f"end to end: {OURS} / {LIMIT}"] = 1 / values["useful_flop_efficiency"]
         task = report["workload"]

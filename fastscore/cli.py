@@ -30,7 +30,7 @@ app.add_typer(cli_cache.app, name="cache")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; ends with SystemExit. Started by torchrun, all processes run it as one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_one_run(partial(_program, arguments))
+    as_one_run(partial(_program, arguments), share_model="--tensor-parallel" in arguments)
 
 
 def _program(arguments: list[str], open_scorer: Any) -> None:

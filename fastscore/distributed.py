@@ -5,6 +5,7 @@ Or all hold one model together (:mod:`fastscore.shared_model`), and rank 0 runs 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,24 +19,26 @@ from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_
 from fastscore.blocks import cut_blocks
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.rank_follower import FAILED, follow, on_own_device, open_on_device
+from fastscore.rank_follower import BAD_INPUT, FAILED, follow, on_own_device, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
 from fastscore.run_stats import RunStats
-from fastscore.types import Row, ScoredRow
+from fastscore.types import InputError, Row, ScoredRow
 from fastscore.windows import OnBadRow
 
 BLOCKS_AHEAD = 4
 """Blocks for each rank that may be unwritten, because one before them is not finished."""
 _LOOK_SECONDS = 0.5
 _SIGNAL_SECONDS = 1.0
+_GIVE_UP_SECONDS = 8.0
+"""Between another rank's failure and the end of this one that does not notice: less than torchrun's patience."""
 
 
-def run_ranks(program: Callable[[Lead], None]) -> int:
+def run_ranks(program: Callable[[Lead], None], share_model: bool) -> int:
     """Rank 0 runs the program and the others work for it; all have its exit status. Only rank 0 says anything.
 
-    ``program`` ends as programs do, with or without SystemExit.
+    ``program`` ends as programs do, with or without SystemExit. ``share_model``: they are going to hold one together.
     """
-    rank = meet()
+    rank = meet(share_model)
     if rank:
         return follow(rank)
     lead = Lead(dist.get_world_size())
@@ -101,12 +104,12 @@ class Lead:
         if self._failure is not None:
             raise self._failure
 
-    def check_lost(self) -> None:
-        """The same when this rank is ended by a signal: torchrun sends it when it misses another, and then that one is
-        what has to be told. Others that a signal ends are not lost."""
+    def check_lost(self, by_signal: bool = True) -> None:
+        """The same, after a moment, when this rank is ended by a signal: torchrun sends it when it misses another, and
+        then that one is what has to be told. Others that a signal ends are not lost."""
         with self.changed:
             self.changed.wait_for(lambda: self._failure is not None, _SIGNAL_SECONDS)
-            if self._failure is not None and not self._interrupted:
+            if self._failure is not None and not (by_signal and self._interrupted):
                 raise self._failure
 
     def end(self, status: int) -> bool:
@@ -189,6 +192,15 @@ class Lead:
         with self.changed:
             self._failure = self._failure or error
             self.changed.notify_all()
+        if self._shared is not None:
+            threading.Timer(_GIVE_UP_SECONDS, self._give_up).start()
+
+    def _give_up(self) -> None:
+        """End here where the program has not: it waits for a device that waits for the rank that is gone, and would not
+        even hear a signal."""
+        if self._status is None and self._failure is not None:
+            print(f"\nfastscore: failed: {self._failure}", file=sys.stderr)
+            leave(BAD_INPUT if isinstance(self._failure, InputError) else FAILED, in_order=False)
 
 
 class ManyRanks:

@@ -52,7 +52,7 @@ def _own_forward(model: PreTrainedModel, config: ScorerConfig, provider: Provide
         return decoder
     residual = decoder.dtype if config.residual == "model" else torch.float32
     operators = choose_operators(model.device, decoder.dtype, residual, wide=provider.wide, compiled=config.compiled)
-    forward = OwnForward(operators.prepare(decoder), operators, provider.load())
+    forward = OwnForward(operators.prepare(decoder), operators, provider.load(), in_order=config.deterministic)
     if reason := check_forward(model, forward, model.device):
         logger.warning("fastscore's own forward pass is not used: %s", reason)
         return f"fastscore's own forward pass was tried: {reason}"

@@ -37,7 +37,8 @@ class Launch:
         self._lengths = [len(request.token_ids) for request in work.requests]
         self._stats = stats
         self._on_progress = on_progress
-        self._execution = Execution(model, work.plan)
+        with held_back():  # other processes are told, and all of it
+            self._execution = Execution(model, work.plan)
         self._called = 0.0
         self._patience = KEEP_SECONDS
         self._steps = self._batches()
@@ -110,7 +111,8 @@ class Launch:
                 self._on_progress(replace(stats, pairs=stats.pairs + int(done)))
             yield
             started = time.perf_counter()
-        self._execution.finish()
+        with held_back():
+            self._execution.finish()
         stats.pairs += len(self._lengths)
         stats.answer_tokens += len(slots.slot)
         stats.tokens_unpadded += sum(self._lengths)

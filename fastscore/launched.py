@@ -14,8 +14,9 @@ def world_size(environment: Mapping[str, str]) -> int:
     return int(environment["WORLD_SIZE"])
 
 
-def as_one_run(program: Callable[[Any], None]) -> None:
+def as_one_run(program: Callable[[Any], None], share_model: bool = False) -> None:
     """Run the program. It is given what makes its scorer where torchrun started several processes, otherwise None.
+    ``share_model``: these are going to hold one model together.
 
     Then one of them runs the program, and the others score for it until it ends.
 
@@ -27,4 +28,4 @@ def as_one_run(program: Callable[[Any], None]) -> None:
         return
     from fastscore.distributed import run_ranks
 
-    raise SystemExit(run_ranks(lambda lead: program(lead.open_scorer)))
+    raise SystemExit(run_ranks(lambda lead: program(lead.open_scorer), share_model))

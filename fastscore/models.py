@@ -22,7 +22,7 @@ from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq
 from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import check_causal, check_packed, probe_requests
-from fastscore.split_model import split_over_processes
+from fastscore.split_model import agree, split_over_processes
 from fastscore.types import InputError, ScoringRequest, dtype_name
 from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
 
@@ -115,7 +115,10 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         model = model.to(device)  # type: ignore[arg-type]
     if config.quantize is not None:
         quantize_linears(model, config.quantize)
-    return prepare_model(model, config)
+    prepared = prepare_model(model, config)
+    if config.tensor_parallel:
+        agree(prepared)
+    return prepared
 
 
 def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel:

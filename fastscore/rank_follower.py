@@ -21,7 +21,7 @@ from fastscore.block_scores import BlockScores, Job, score_block, sendable, send
 from fastscore.blocks import Block
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig
-from fastscore.interrupts import Interrupted, ended_by_signals, held_back
+from fastscore.interrupts import Interrupted, ended_by_signals
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, local_rank
 from fastscore.run_stats import RunStats
 from fastscore.types import InputError
@@ -142,7 +142,7 @@ class Follower:
             self._channel.send("scores", sendable(replace(result, worker=str(dist.get_rank()))))
 
     def _share(self, config: ScorerConfig) -> None:
-        """Hold a part of rank 0's model until the run ends. A signal that ends the run is rank 0's to hear.
+        """Hold a part of rank 0's model until the run ends.
 
         Raises:
             Lost: rank 0 is gone.
@@ -152,8 +152,7 @@ class Follower:
 
         self._is_busy = True
         try:
-            with held_back():
-                follow_model(lambda: open_on_device(config).load())
+            follow_model(lambda: open_on_device(config).load())
         except Lost:
             raise
         except Exception as error:

@@ -17,6 +17,8 @@ HEARTBEAT_SECONDS = 30.0
 """How often either side says that it is still there while it has nothing else to say."""
 SILENCE = timedelta(minutes=10)
 """After so long without a word the other side is given up. One that has ended is missed at once."""
+LOADING = timedelta(hours=2)
+"""The same where ranks hold a model together: the slowest loads its part, and rank 0 reads whole files to know them."""
 GOODBYE_SECONDS = 3.0
 """How long the end waits for others. One that is in the middle of a block does not listen, and misses rank 0 later."""
 MEETING = timedelta(minutes=10)
@@ -27,17 +29,18 @@ class Lost(ConnectionError):
     """The other rank has ended, or is silent."""
 
 
-def meet() -> int:
-    """Wait for all ranks, and return this one's.
+def meet(share_model: bool = False) -> int:
+    """Wait for all ranks, and return this one's. ``share_model``: their devices are going to work together.
 
     Raises:
         dist.DistError: they did not all come.
     """
     store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))
     store.set_timeout(MEETING)
-    # NCCL is there for a model that several hold together; nobody connects by it before they do.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=SILENCE)
+    with_gpus = share_model and torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    silence = LOADING if share_model else SILENCE
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=silence)
     return rank
 
 

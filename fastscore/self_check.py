@@ -61,6 +61,8 @@ def check_packed(model: PreTrainedModel, device: torch.device) -> tuple[str, Att
     original = model.config._attn_implementation
     try:
         reason = _differences(model, recorder, device)
+    except torch.OutOfMemoryError:  # says nothing about packs; and processes that hold a model together must agree
+        raise
     except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
         reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
     if reason:
@@ -81,6 +83,8 @@ def check_forward(model: PreTrainedModel, forward: PackForward, device: torch.de
     truth = _run(ModelForward(model, PROVIDERS["reference"].load()), [first, second, third], device)
     try:
         found = _run(forward, [first, second, third], device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
         return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
     difference = _relative(found, truth)

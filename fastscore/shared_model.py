@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fastscore.config import ScorerConfig
 from fastscore.execution import Execution
+from fastscore.interrupts import Interrupted, held_back
 from fastscore.language_model import LanguageModel
 from fastscore.rank_messages import GOODBYE_SECONDS, Lost, hear, tell_all
 from fastscore.scorer import Scorer
@@ -24,10 +25,10 @@ from fastscore.types import ScoredRow
 class SharedScorer(Scorer):
     """Rank 0's scorer, whose model is held by all ranks together."""
 
-    _check_lost: Callable[[], None]
+    _check_lost: Callable[..., None]
 
     @classmethod
-    def on_rank_0(cls, config: ScorerConfig, check_lost: Callable[[], None]) -> SharedScorer:
+    def on_rank_0(cls, config: ScorerConfig, check_lost: Callable[..., None]) -> SharedScorer:
         """``check_lost`` raises what went wrong with another rank."""
         scorer = cls.from_config(config)
         assert isinstance(scorer, SharedScorer), "of this class"
@@ -36,7 +37,8 @@ class SharedScorer(Scorer):
 
     @cached_property
     def _model(self) -> LanguageModel:
-        tell_all("load")
+        with held_back():  # all of it is told
+            tell_all("load")
         model = super()._model
         model.followers = tell_all
         return model
@@ -53,8 +55,11 @@ class SharedScorer(Scorer):
         """
         try:
             yield from super().stream_rows(*args, **kwargs)
-        except (Exception, KeyboardInterrupt, SystemExit):
-            self._check_lost()  # then the error here says only that somebody does not answer
+        except Exception:  # this one may say only that somebody does not answer
+            self._check_lost(by_signal=False)
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            self._check_lost()
             raise
 
 
@@ -77,22 +82,31 @@ def end_following() -> bool:
 
 
 def follow_model(load: Callable[[], LanguageModel]) -> None:
-    """Do what rank 0 does, until it ends.
+    """Do what rank 0 does, until it ends. Once the model is there, a signal that ends the run is for rank 0 to hear.
 
     Raises:
         Lost: rank 0 is gone.
+        Interrupted: by a signal, before the model was there; or by the second one.
     """
-    model: LanguageModel | None = None
+    if hear() == ("end",):  # the other order is "load"
+        return
+    model = load()
+    model.followers = _nobody
+    try:
+        with held_back():
+            _follow(model)
+    except Interrupted as stop:
+        if stop.at_once:
+            raise
+
+
+def _follow(model: LanguageModel) -> None:
     executions: dict[int, Execution] = {}
     while True:
         match hear():
             case ("end",):
                 return
-            case ("load",):
-                model = load()
-                model.followers = _nobody
             case ("plan", number, plan):
-                assert model is not None, "loaded before anything is planned"
                 executions[number] = Execution(model, plan)
             case ("step", number):
                 executions[number].step()

@@ -29,11 +29,15 @@ from fastscore.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
+# Names that need the Hugging Face hub, and numbers of processes that need a larger machine, are replaced.
+_HUB_MODEL = re.compile(r"\bQwen/[\w.-]+")
+_PROCESSES = re.compile(r"(?<=--nproc_per_node )\d+")
+
 # Lines of sh blocks that are not run, wherever they stand, with the reason.
 NOT_RUN = {
     r"^make (demo|test)$": "takes minutes and installs things: .ci/run and a fresh clone are where that is tried",
     r"^pip install ": "changes the environment that the tests run in",
-    r"\bQwen/": "needs the Hugging Face hub",
+    r"--engine ray": "starts or needs a cluster: tests/test_ray_data.py is where that is tried",
 }
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -97,6 +101,8 @@ class Reader:
     folder: Path
     scored: Path
     """A scored file, with its metadata and its cache, that stands in for one that a command only names."""
+    model: Path
+    """A small chat model, which stands in for those of the hub."""
     namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
 
     def run(self, block: Block) -> str:
@@ -117,10 +123,11 @@ class Reader:
         return "".join(self._command(line, expected) for line in lines_of(block) if not why_not_run(line))
 
     def _command(self, line: str, expected: int) -> str:
+        line = _PROCESSES.sub("2", _HUB_MODEL.sub(str(self.model), line))
         words = shlex.split(line, comments=True)
         arguments = words[1:] if words[0] == "fastscore" else words[3:]
         ours = words[0] == "fastscore" or words[:3] == ["python", "-m", "fastscore"]
-        if ours:
+        if ours or words[0] == "torchrun":
             self._make_inputs(arguments)
         if ours and not re.search(r"[|<>;&*$`]", re.sub(r"'[^']*'|#.*", "", line)):
             status, said = in_process(arguments)

@@ -24,6 +24,7 @@ from doc_blocks import (
     why_not_run,
 )
 from test_attention import OPTIONS, inputs, packs_of, shared_requests, truth
+from tiny_models import make_tiny_model
 from transformers.utils.logging import disable_progress_bar
 
 from fastscore.attention import PROVIDERS, AttentionNeeds
@@ -44,6 +45,16 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     status, said = in_process(["score", str(folder / "rows.jsonl"), "-o", str(folder / "scored.jsonl"), "--quiet"])
     assert status == 0, said
     return folder / "scored.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small chat model that reads whole passages."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "qwen3", max_position_embeddings=4096)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    )
+    return folder
 
 
 @pytest.fixture
@@ -71,8 +82,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if any(block.runs for block in BLOCKS[name])])
-def test_a_document_can_be_followed(name: str, folder: Path, scored: Path) -> None:
-    reader = Reader(folder, scored)
+def test_a_document_can_be_followed(name: str, folder: Path, scored: Path, model: Path) -> None:
+    reader = Reader(folder, scored, model)
     for block in BLOCKS[name]:
         if not block.runs or (name == "README.md" and block.code in IN_GUIDES):
             continue
@@ -109,6 +120,9 @@ def test_every_block_says_what_it_is_and_no_reason_is_stale() -> None:
     for pattern in NOT_RUN:
         assert any(re.search(pattern, line) for line in lines), pattern
     assert all(block.language in ("sh", "python") for block in blocks if "not run" in block.marks)
+    for name, found in BLOCKS.items():  # a document whose blocks are all left out would pass without a word
+        run = [line for block in found if block.runs for line in lines_of(block) if not why_not_run(line)]
+        assert run or not any(block.runs for block in found), name
 
 
 def test_what_is_shown_is_compared() -> None:

@@ -6,10 +6,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from many_processes import make_rows
+from tiny_models import make_tiny_model
 
+from fastscore import Scorer
+from fastscore.answer_head import AnswerHead
 from fastscore.interrupts import Interrupted, ended_by_signals, held_back
 
 
@@ -94,3 +99,21 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_a_signal_in_the_last_call_of_the_head_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = str(make_tiny_model(tmp_path / "llama")), make_rows(6)
+    flush = AnswerHead.flush
+
+    def interrupted_flush(head: AnswerHead) -> None:
+        send()
+        flush(head)
+
+    monkeypatch.setattr(AnswerHead, "flush", interrupted_flush)
+    scorer = Scorer(model, dtype="fp32", cache=tmp_path / "scores.sqlite")
+    with pytest.raises(Interrupted), ended_by_signals():
+        scorer.score_rows(rows)
+    monkeypatch.undo()
+    again = Scorer(model, dtype="fp32", cache=tmp_path / "scores.sqlite")
+    scored = again.score_rows(rows)
+    assert again.stats.cached == again.stats.pairs == sum(len(row["teacher_scores"]) for row in scored)

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import lm_eval.utils
 import pytest
-from harness import ROOT, hflm
+from harness import LOGIQA, ROOT, hflm
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tiny_models import make_tiny_model
@@ -72,6 +72,36 @@ def test_the_examples_as_the_harness_runs_them(tmp_path: Path, capsys: pytest.Ca
     (samples,) = (tmp_path / "found").rglob("samples_examples_choices_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     assert [row["acc"] for row in rows] == [sample["acc"] for sample in expected["samples"]["examples_choices"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LOGIQA.exists(), reason="needs shared/data/logiqa_mc.jsonl")
+def test_a_task_file_over_real_questions_and_a_real_model(tmp_path: Path) -> None:
+    task = (ROOT / "examples" / "lm_eval" / "choices.yaml").read_text("utf-8")
+    task = task.replace("examples/choices.jsonl", str(LOGIQA)).replace("examples_choices", "logiqa_local")
+    (tmp_path / "logiqa_local.yaml").write_text(task, "utf-8")
+    settings = {"num_fewshot": 0, "limit": 6}
+    model = ["--model_args", "pretrained=smollm2-135m,dtype=float32"]
+    tasks = ["--tasks", "logiqa_local", "--include_path", str(tmp_path)]
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    assert run([*model, *tasks, *given, "--output_path", str(tmp_path / "found"), "--log_samples"]) == 0
+    (results,) = (tmp_path / "found").rglob("results_*.json")
+    found = json.loads(results.read_text("utf-8"))
+    expected = simple_evaluate(
+        model=hflm(found["config"]["fastscore"]["model_path"]),
+        tasks=["logiqa_local"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        **settings,
+    )
+    assert found["results"]["logiqa_local"]["sample_len"] == 6
+    for name in ("acc,none", "acc_norm,none"):
+        assert found["results"]["logiqa_local"][name] == expected["results"]["logiqa_local"][name]
+    (samples,) = (tmp_path / "found").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+    for row, sample in zip(rows, expected["samples"]["logiqa_local"], strict=True):
+        mine = [float(answer[0]) for answer in row["filtered_resps"]]
+        assert mine == pytest.approx([answer[0] for answer in sample["filtered_resps"]], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,10 @@ def test_training_starts_from_the_reference(folder: Path, tmp_path: Path, monkey
     pytest.importorskip("trl", reason="TRL needs Python 3.11")
     monkeypatch.syspath_prepend(TRL_SCRIPT.parent)
     rows, scored = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
-    rows.write_text("".join(json.dumps({**row, "task": "preference"}) + "\n" for row in ROWS["conversations"]))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS["conversations"]))
+    options = ["--task", "preference", "--max-length", "64", "-m", str(folder), "--dtype", "fp32", "-q"]
     with pytest.raises(SystemExit) as ended:
-        main(["score", str(rows), "-o", str(scored), "-m", str(folder), "--dtype", "fp32", "-q", "--max-length", "64"])
+        main(["score", str(rows), "-o", str(scored), *options])
     assert ended.value.code == 0
     meta = json.loads((tmp_path / "scored.jsonl.meta.json").read_text())
     assert meta["task"]["max_length"] == 64
@@ -148,8 +150,7 @@ def test_training_starts_from_the_reference(folder: Path, tmp_path: Path, monkey
     monkeypatch.delitem(sys.modules, "train_dpo", raising=False)
     from train_dpo import trainer
 
-    options = {"bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
-    training = trainer(scored, tmp_path / "trained", **options)
+    training = trainer(scored, tmp_path / "trained", bf16=False, report_to="none", max_steps=1, logging_steps=1)
     assert training.ref_model is None
     training.train()
     (first,) = [entry for entry in training.state.log_history if "loss" in entry]
@@ -157,6 +158,11 @@ def test_training_starts_from_the_reference(folder: Path, tmp_path: Path, monkey
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert first["rewards/rejected"] == pytest.approx(0, abs=1e-5)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    command = [sys.executable, str(TRL_SCRIPT), str(scored), str(tmp_path / "by the script")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "by the script").glob("checkpoint-*/model.safetensors"))
 
 
 def test_tools_and_template_arguments_reach_the_template(folder: Path) -> None:

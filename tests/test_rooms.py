@@ -85,7 +85,7 @@ ROOMS: dict[str, Room] = {
     "shards": room(2, "", frozenset({"torch"})),
     "lm_head": room(2, "kernels/ types shards", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
-    "split_model": room(2, "types model_source", MODEL),
+    "split_model": room(2, "types model_source language_model packed_forward", MODEL),
     "quantize": room(2, "types shards", MODEL | {"torchao"}),
     "decoder/": room(2, "types attention/ decoder/ quantize shards", MODEL),
     "budget": room(2, "", frozenset({"torch"})),
@@ -132,7 +132,9 @@ ROOMS |= {
         4, f"{_EDGE} ray_shelf ray_cache", MODEL | {"datasets", "lm_eval", "numpy", "pyarrow", "ray", "tqdm"}
     ),
     "rank_messages": room(4, "", frozenset({"torch"})),
-    "shared_model": room(4, "scorer config execution language_model rank_messages types", frozenset({"torch"})),
+    "shared_model": room(
+        4, "scorer config interrupts execution language_model rank_messages types", frozenset({"torch"})
+    ),
     "rank_follower": room(4, f"{_EDGE} rank_messages shared_model", frozenset({"torch"})),
     "distributed": room(4, f"{_EDGE} rank_messages rank_follower shared_model", frozenset({"torch"})),
     "launched": room(4, "distributed"),

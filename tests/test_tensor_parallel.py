@@ -43,49 +43,29 @@ def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:
         assert mine == pytest.approx(other, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_the_program_gives_the_scores_of_one_process(model: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    output = tmp_path / "out.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "fastscore",
-    ]
-    command += ["score", str(rows), *options(model, "--max-batch-tokens", "100"), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("positive is best") == done.stderr.count("fp32, packed") == 1
-    assert_close(read_scores(output), truth(model, ROWS))
-    scorer = json.loads(output.with_name("out.jsonl.meta.json").read_text())["scorer"]
-    assert (scorer["engine"], scorer["tensor_parallel"], scorer["workers"]) == ("torchrun", 2, 1)
-
-
 # For each model in turn rank 0 scores, and the other does as it does.
 FAMILIES_PROGRAM = """
 import json, sys
+import fastscore.models
 from fastscore import Scorer
 from fastscore.config import ScorerConfig
 from fastscore.rank_messages import meet
 from fastscore.shards import own_part
 from fastscore.shared_model import SharedScorer, end_following, follow_model
-rank, rows = meet(), json.load(open(sys.argv[1]))
+rank, rows = meet(True), json.load(open(sys.argv[1]))
+fastscore.models.default_budget = lambda *_: 100 + 128 * rank  # as devices of which one has more room
 for path in sys.argv[2:]:
-    config = ScorerConfig(path, dtype="fp32", max_batch_tokens=100, tensor_parallel=True)
+    config = ScorerConfig(path, dtype="fp32", tensor_parallel=True)
     found = {"model": path}
     if rank:
         scorer = Scorer.from_config(config)
         follow_model(scorer.load)
     else:
-        scorer = SharedScorer.on_rank_0(config, lambda: None)
+        scorer = SharedScorer.on_rank_0(config, lambda **_: None)
         found["scores"] = [row["teacher_scores"] for row in scorer.score_rows(rows)]
         found["forward"], found["mode"] = scorer.load().forward_name, scorer.load().mode
         assert end_following()
+    found["budget"] = scorer.load().max_batch_tokens
     found["bytes"] = sum(own_part(weight).nbytes for weight in scorer.load().model.parameters())
     with open(f"{path}.{rank}.json", "w") as out:
         json.dump(found, out)
@@ -117,31 +97,36 @@ def test_families_split_over_two_processes_against_unpadded_ones_in_one(tmp_path
         first, second = (json.loads(Path(f"{model}.{rank}.json").read_text()) for rank in (0, 1))
         assert_close(first["scores"], truth(model, ROWS))
         assert first["mode"] == "packed"
+        assert first["budget"] == second["budget"] == 100
         assert first["forward"].startswith(layers), first["forward"]
         whole = sum(weight.nbytes for weight in Scorer(str(model), dtype="fp32").load().model.parameters())
         assert max(first["bytes"], second["bytes"]) < 0.53 * whole, "norms are in both, everything else in one"
 
 
 @pytest.mark.slow
-def test_deterministic_scores_do_not_depend_on_the_order_nor_a_cache_on_the_run(model: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+def test_three_give_deterministic_scores_in_any_order_and_a_cache_knows_them(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    model = make_tiny_model(tmp_path / "three", "llama", **heads)
+    rows, output = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
     turned = write_rows(tmp_path / "turned.jsonl", ROWS[::-1])
-    for path, more in ((rows, ["--window-tokens", "300"]), (turned, [])):
-        arguments = ["score", path, *options(model, "--deterministic", *more), "-o", path.with_suffix(".out.jsonl")]
-        assert [status for status, _ in run_ranks(2, *arguments)] == [0, 0]
-    first = tmp_path / "rows.out.jsonl"
-    before = first.read_bytes()
-    assert read_scores(first) == read_scores(tmp_path / "turned.out.jsonl")[::-1]
-    arguments = ["score", rows, *options(model, "--deterministic"), "-o", first]
-    assert [status for status, _ in run_ranks(2, *arguments)] == [0, 0]
-    assert first.read_bytes() == before
-    stats = json.loads(first.with_name(f"{first.name}.meta.json").read_text())["stats"]
-    assert stats["cached"] == stats["pairs"] == sum(map(len, read_scores(first)))
-    arguments = ["score", str(rows), "--model", str(model), "--dtype", "fp32", "--deterministic", "-o", str(first)]
-    done = subprocess.run([sys.executable, "-m", "fastscore", *arguments], env=environment(), timeout=120)
-    assert done.returncode == 0
-    stats = json.loads(first.with_name(f"{first.name}.meta.json").read_text())["stats"]
-    assert stats["cached"] == 0, "sums over two processes have other bits"
+    arguments = options(model, "--deterministic")
+    found = run_ranks(3, "score", rows, *arguments, "-o", output)
+    assert [status for status, _ in found] == [0, 0, 0], found
+    assert [said for _, said in found[1:]] == ["", ""]
+    assert_close(read_scores(output), truth(model, ROWS))
+    meta = json.loads(output.with_name("out.jsonl.meta.json").read_text())
+    told = meta["scorer"]
+    assert (told["engine"], told["tensor_parallel"], told["workers"]) == ("torchrun", 3, 1)
+    found = run_ranks(3, "score", turned, *arguments, "--window-tokens", "300", "-o", tmp_path / "turned.out.jsonl")
+    assert [status for status, _ in found] == [0, 0, 0], found
+    before = output.read_bytes()
+    assert read_scores(output) == read_scores(tmp_path / "turned.out.jsonl")[::-1]
+    for count, cached in ((3, meta["stats"]["pairs"]), (1, 0)):  # sums over three have other bits than those of one
+        more = arguments if count > 1 else [word for word in arguments if word != "--tensor-parallel"]
+        found = run_ranks(count, "score", rows, *more, "-o", output)
+        assert {status for status, _ in found} == {0}, found
+        assert json.loads(output.with_name("out.jsonl.meta.json").read_text())["stats"]["cached"] == cached
+        assert count == 1 or output.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -197,12 +182,13 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on(killed: int, mo
     assert f"rank {killed} is gone before the run has ended" in said.strip().splitlines()[-1]
     assert "Traceback" not in said
     assert not output.exists()
+    if killed:
+        assert_goes_on(arguments, output)
 
 
 @pytest.mark.slow
 def test_sigterm_to_both_keeps_what_was_scored(model: Path, tmp_path: Path) -> None:
-    many = make_rows(3000)
-    rows = write_rows(tmp_path / "rows.jsonl", many)
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(3000))
     output = tmp_path / "out.jsonl"
     arguments = ["score", rows, *options(model, "--window-tokens", "20000"), "-o", output]
     with ranks(2, *arguments) as processes:
@@ -216,8 +202,12 @@ def test_sigterm_to_both_keeps_what_was_scored(model: Path, tmp_path: Path) -> N
     assert [status for status, _ in found] == [143, 143], found
     assert found[1][1] == ""
     assert not output.exists()
+    assert_goes_on(arguments, output)
+
+
+def assert_goes_on(arguments: Sequence[str | Path], output: Path) -> None:
+    """The same command again computes what is missing."""
     again = run_ranks(2, *arguments)
     assert [status for status, _ in again] == [0, 0], again
-    stats = json.loads(output.with_name("out.jsonl.meta.json").read_text())["stats"]
-    assert 0 < stats["cached"] < stats["pairs"]
-    assert len(read_scores(output)) == len(many)
+    stats = json.loads(output.with_name(f"{output.name}.meta.json").read_text())["stats"]
+    assert 0 < stats["cached"] < stats["pairs"] == sum(map(len, read_scores(output)))

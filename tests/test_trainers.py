@@ -47,6 +47,28 @@ def score(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> An
     return score
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".arrow"])
+@pytest.mark.parametrize("layout", ["teacher", "pairs"])
+def test_datasets_reads_what_is_written(layout: str, ending: str, score: Any, tmp_path: Path) -> None:
+    """Hugging Face's datasets, from which LLM-Embedder's trainer, too, takes the teacher's scores."""
+    from datasets import load_dataset
+
+    readers = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+    out = score(f"scored{ending}", "--format", layout)
+    found = load_dataset(
+        readers[ending], data_files=str(out), split="train", cache_dir=str(tmp_path / "cache")
+    ).to_list()
+    expected = [row["teacher_scores"] for row in read_rows(score("teacher.jsonl"))]
+    if layout == "pairs":
+        assert [row["score"] for row in found] == pytest.approx([value for row in expected for value in row], abs=1e-6)
+        assert {"logprob", "num_tokens", "num_bytes"} <= found[0].keys()
+        return
+    assert [row["query"] for row in found] == [row["query"] for row in ROWS]
+    assert [row["pos"] + row["neg"] for row in found] == [row["pos"] + row["neg"] for row in ROWS]
+    for row, values in zip(found, expected, strict=True):
+        assert row["teacher_scores"] == pytest.approx(values, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random BERT with a tokenizer, as a folder."""

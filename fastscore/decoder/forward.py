@@ -28,6 +28,8 @@ class OwnForward:
     decoder: Decoder
     operators: Operators
     attend: Attend
+    in_order: bool = False
+    """Sums over processes are made in the order of the processes, whatever a row's place in its pack."""
 
     def __call__(
         self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
@@ -67,9 +69,18 @@ class OwnForward:
 
     def _summed(self, delta_TD: torch.Tensor) -> torch.Tensor:
         """Over the processes that hold the model together, each of which has a part of every sum."""
-        if self.decoder.group is not None:
-            dist.all_reduce(delta_TD, group=self.decoder.group)
-        return delta_TD
+        group = self.decoder.group
+        if group is None:
+            return delta_TD
+        if not self.in_order:
+            dist.all_reduce(delta_TD, group=group)
+            return delta_TD
+        parts = [torch.empty_like(delta_TD) for _ in range(group.size())]
+        dist.all_gather(parts, delta_TD.contiguous(), group=group)
+        total_TD = parts[0].float()
+        for part_TD in parts[1:]:
+            total_TD += part_TD
+        return total_TD.to(delta_TD.dtype)
 
     def _heads(
         self, layer: Layer, normed_TD: torch.Tensor, tables: dict[str, Table]

@@ -215,7 +215,11 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
         return context[max(excess, 0) :], continuation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refused: fastscore scores texts and does not write any."""
+        """Refused: fastscore scores texts and does not write any.
+
+        Raises:
+            InputError: always.
+        """
         tasks = ", ".join(sorted({str(request.task_name) for request in requests if request.task_name}))
         raise InputError(
             f"{tasks or 'the task'} generates text (generate_until), and fastscore only scores: "

@@ -38,7 +38,7 @@ def measure_files(
 
 
 def measure(
-    scorer: Scorer, plain: PreTrainedModel, workload: Workload, whole_factor: float, rounds: int, harness: bool
+    scorer: Scorer, plain: PreTrainedModel, workload: Workload, whole_factor: float, rounds: int, harness: bool = False
 ) -> dict[str, Any]:
     """One comparison as plain values; ``whole_factor`` is the sharing factor of the file it was taken from. With
     ``harness``, lm-evaluation-harness's own model takes part."""

@@ -85,7 +85,6 @@ ROOMS: dict[str, Room] = {
     "shards": room(2, "", frozenset({"torch"})),
     "lm_head": room(2, "kernels/ types shards", MODEL),
     "packed_forward": room(2, "types attention/", MODEL),
-    "split_model": room(2, "types model_source language_model packed_forward", MODEL),
     "quantize": room(2, "types shards", MODEL | {"torchao"}),
     "decoder/": room(2, "types attention/ decoder/ quantize shards", MODEL),
     "budget": room(2, "", frozenset({"torch"})),
@@ -97,6 +96,7 @@ ROOMS: dict[str, Room] = {
         "types ranges prefix_tree packing padding attention/ lm_head packed_forward",
         MODEL | {"numpy"},
     ),
+    "split_model": room(2, "types model_source language_model packed_forward", MODEL),
     "models": room(
         2,
         "types config padding attention/ decoder/ budget model_source weight_files lm_head quantize packed_forward "

@@ -105,7 +105,7 @@ def test_families_split_over_two_processes_against_unpadded_ones_in_one(tmp_path
 
 @pytest.mark.slow
 def test_three_give_deterministic_scores_in_any_order_and_a_cache_knows_them(tmp_path: Path) -> None:
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     model = make_tiny_model(tmp_path / "three", "llama", **heads)
     rows, output = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
     turned = write_rows(tmp_path / "turned.jsonl", ROWS[::-1])

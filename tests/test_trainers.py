@@ -54,11 +54,11 @@ def test_datasets_reads_what_is_written(layout: str, ending: str, score: Any, tm
     from datasets import load_dataset
 
     readers = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+    expected = [row["teacher_scores"] for row in read_rows(score("teacher.jsonl"))]
     out = score(f"scored{ending}", "--format", layout)
     found = load_dataset(
         readers[ending], data_files=str(out), split="train", cache_dir=str(tmp_path / "cache")
     ).to_list()
-    expected = [row["teacher_scores"] for row in read_rows(score("teacher.jsonl"))]
     if layout == "pairs":
         assert [row["score"] for row in found] == pytest.approx([value for row in expected for value in row], abs=1e-6)
         assert {"logprob", "num_tokens", "num_bytes"} <= found[0].keys()

@@ -20,11 +20,12 @@ from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
-from readme_scale import scale_out
+from readme_guides import harness, scale_out
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
-README, NUMERICS, SCALE_OUT = ROOT / "README.md", ROOT / "docs" / "numerics.md", ROOT / "docs" / "scale-out.md"
+README = ROOT / "README.md"
+NUMERICS, SCALE_OUT, HARNESS = (ROOT / "docs" / f"{name}.md" for name in ("numerics", "scale-out", "lm-eval"))
 RESULTS = ROOT / "bench" / "results"
 END_TO_END = "end-to-end-smollm2-135m-cpu-bf16.json"
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
@@ -189,6 +190,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     README: SECTIONS,
     NUMERICS: {"fidelity in full": fidelity_in_full, "invariance": invariance, "moved by sharing": moved_by_sharing},
     SCALE_OUT: {"scale out": scale_out},
+    HARNESS: {"harness": harness},
 }
 
 

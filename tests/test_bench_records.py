@@ -173,7 +173,7 @@ def test_the_stored_baseline_can_be_compared_with() -> None:
 def test_the_readme_says_what_the_files_say() -> None:
     text = readme_table.README.read_text("utf-8")
     assert readme_table.rewritten(text) == text, "run: python bench/readme_table.py"
-    for document in (readme_table.NUMERICS, readme_table.SCALE_OUT):
+    for document in (readme_table.NUMERICS, readme_table.SCALE_OUT, readme_table.HARNESS):
         guide, sections = document.read_text("utf-8"), readme_table.DOCUMENTS[document]
         assert readme_table.rewritten(guide, sections=sections) == guide, "run: python bench/readme_table.py"
     with pytest.raises(ValueError, match="once each"):

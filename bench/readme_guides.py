@@ -1,4 +1,5 @@
-"""What several processes cost, for docs/scale-out.md, from the file of ``scale_out.py``."""
+"""What several processes cost, for docs/scale-out.md, and how long lm-evaluation-harness's own model takes, for
+docs/lm-eval.md, from the files of ``scale_out.py`` and ``prefix_sharing.py``."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from readme_words import link, machine, read_result, wrapped
+from peer_lm_eval import LM_EVAL
+from readme_words import file_name, link, machine, ratio, read_result, wrapped
 from scale_out import estimate
 
 SCALE = "scale-out-smollm2-135m-cpu-fp32.json"
+HARNESS = "prefix-sharing-lm-eval-smollm2-135m-cpu-fp32.json"
 PAIRS, WORKERS = 1e8, 64
 MEANING = {
     "plain": "`fastscore score`",
@@ -47,6 +50,29 @@ def scale_out(folder: Path) -> str:
         estimate(report, PAIRS, WORKERS),
         "```",
     ]
+    return "\n".join(lines)
+
+
+def harness(folder: Path) -> str:
+    """The harness's own model beside ours on the same requests."""
+    report = read_result(folder, HARNESS)
+    if report is None:
+        return "That has not been measured yet."
+    tasks = [file["workload"] for file in report["files"]]
+    lines = [
+        wrapped(
+            f"`python bench/prefix_sharing.py --lm-eval --dtype {report['files'][0]['dtype']} --queries "
+            f"{tasks[0]['queries']} --questions {tasks[1]['queries']} --rounds {report['rounds']}`: {report['model']}; "
+            f"{machine(report['environment'])} ({link(HARNESS, '../')}). HFLM with the fastest of its batch sizes, on the "
+            "same token ids, once its answers agree:"
+        ),
+        "",
+        "| | tokens over distinct prefixes | HFLM's time over fastscore's |",
+        "| --- | --- | --- |",
+    ]
+    for file, task in zip(report["files"], tasks, strict=True):
+        name = f"{file_name(task)}, {task['pairs']} requests"
+        lines.append(f"| {name} | {file['sharing_factor']:.2f} | {ratio(file['contenders'][LM_EVAL])} |")
     return "\n".join(lines)
 
 

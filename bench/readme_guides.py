@@ -63,8 +63,8 @@ def harness(folder: Path) -> str:
         wrapped(
             f"`python bench/prefix_sharing.py --lm-eval --dtype {report['files'][0]['dtype']} --queries "
             f"{tasks[0]['queries']} --questions {tasks[1]['queries']} --rounds {report['rounds']}`: {report['model']}; "
-            f"{machine(report['environment'])} ({link(HARNESS, '../')}). HFLM with the fastest of its batch sizes, on the "
-            "same token ids, once its answers agree:"
+            f"{machine(report['environment'])} ({link(HARNESS, '../')}). HFLM with the fastest of its batch sizes, on "
+            "the same token ids, once its answers agree:"
         ),
         "",
         "| | tokens over distinct prefixes | HFLM's time over fastscore's |",

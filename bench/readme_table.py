@@ -19,8 +19,8 @@ from contenders import NO_TREE, OURS, PADDED, TUNED
 from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
-from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
 from readme_guides import harness, scale_out
+from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 

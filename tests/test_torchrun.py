@@ -143,6 +143,31 @@ def test_a_rank_that_is_killed_ends_the_run(killed: int, model: Path, tmp_path: 
     assert left == {"rows.jsonl"}
 
 
+@pytest.mark.slow
+def test_an_interrupt_of_all_ranks_keeps_what_was_scored(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(3000))
+    arguments = ["score", rows, *options(model), "-o", tmp_path / "out.jsonl"]
+    cache = tmp_path / "out.jsonl.cache.sqlite"
+    with ranks(2, *arguments) as processes:
+        while not cache.exists():
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.1)
+        time.sleep(2.0)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        found = ended(processes)
+    assert [status for status, _ in found] == [130, 130], found
+    assert "same command" in found[0][1]
+    assert found[1][1] == ""
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(SystemExit) as stopped:
+        main(["cache", "info", str(cache), "--json"])
+    assert stopped.value.code == 0
+    assert json.loads(capsys.readouterr().out)["entries"] > 0
+
+
 @pytest.mark.parametrize(
     ("asked", "place"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu"), ("cuda:0", "cuda:0")]
 )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,42 @@ def test_files_through_the_program_and_a_restart_that_computes_nothing(
         assert meta["stats"]["cached"] == (meta["stats"]["pairs"] if cached else 0)
     one_bad, two_bad = ((tmp_path / f"{name}.jsonl.errors.jsonl").read_text() for name in ("one", "two"))
     assert one_bad == two_bad
+
+
+def test_a_program_on_a_cluster_is_killed_and_goes_on(model: Path, open_scorer: Any, tmp_path: Path) -> None:
+    """The cluster is the one above, found by its address as a real one is."""
+    data, output = make_rows(3000), tmp_path / "out.jsonl"
+    inputs = write_rows(tmp_path / "rows.jsonl", data)
+    cache, meta = (output.with_name(f"out.jsonl.{end}") for end in ("cache.sqlite", "meta.json"))
+    command = [sys.executable, "-m", "fastscore", "score", str(inputs), "-o", str(output), "--model", str(model), "-q"]
+    command += ["--dtype", "fp32", "--window-tokens", "4000", "--deterministic", "--engine", "ray"]
+    somewhere = environment(RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    with subprocess.Popen(command, env=somewhere, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as killed:
+        try:
+            waited_until = time.monotonic() + 90
+            while kept_in(cache) < 500:
+                assert killed.poll() is None, killed.communicate()[1]
+                assert time.monotonic() < waited_until
+                time.sleep(0.1)
+        finally:
+            killed.kill()
+    assert not output.exists()
+    done = subprocess.run(command, env=somewhere, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads(meta.read_text())["stats"]
+    assert 500 <= stats["cached"] < stats["pairs"]
+    scores = [tuple(json.loads(line)["teacher_scores"]) for line in output.read_text().splitlines()]
+    assert scores == score_with_one(model, 3000)
+
+
+def kept_in(cache: Path) -> int:
+    """Scores in a cache that others write."""
+    if not cache.exists():
+        return 0
+    done = subprocess.run(
+        [sys.executable, "-m", "fastscore", "cache", "info", str(cache), "--json"], capture_output=True, text=True
+    )
+    return int(json.loads(done.stdout)["entries"]) if done.returncode == 0 else 0
 
 
 def test_errors_of_workers_and_of_rows_are_told_as_by_one(model: Path, open_scorer: Any, tmp_path: Path) -> None:

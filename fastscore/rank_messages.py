@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -62,13 +63,8 @@ class Channel:
         Raises:
             Lost: the other side is not there.
         """
-        data_B = torch.frombuffer(bytearray(pickle.dumps(message, protocol=5)), dtype=torch.uint8)
         with self._sending:
-            try:
-                dist.send(torch.tensor([len(data_B)]), self.peer)
-                dist.send(data_B, self.peer)
-            except RuntimeError as error:
-                raise Lost(str(error)) from error
+            _give(message, lambda tensor: dist.send(tensor, self.peer))
 
     def receive(self) -> tuple[Any, ...]:
         """The next message.
@@ -76,14 +72,7 @@ class Channel:
         Raises:
             Lost: the other side is not there.
         """
-        try:
-            size_1 = torch.empty(1, dtype=torch.int64)
-            dist.recv(size_1, self.peer)
-            data_B = torch.empty(int(size_1), dtype=torch.uint8)
-            dist.recv(data_B, self.peer)
-        except RuntimeError as error:
-            raise Lost(str(error)) from error
-        return pickle.loads(data_B.numpy().data)
+        return _take(lambda tensor: dist.recv(tensor, self.peer))
 
 
 def tell_all(*message: Any) -> None:
@@ -92,12 +81,7 @@ def tell_all(*message: Any) -> None:
     Raises:
         Lost: somebody is not there.
     """
-    data_B = torch.frombuffer(bytearray(pickle.dumps(message, protocol=5)), dtype=torch.uint8)
-    try:
-        dist.broadcast(torch.tensor([len(data_B)]), 0)
-        dist.broadcast(data_B, 0)
-    except RuntimeError as error:
-        raise Lost(str(error)) from error
+    _give(message, lambda tensor: dist.broadcast(tensor, 0))
 
 
 def hear() -> tuple[Any, ...]:
@@ -106,11 +90,25 @@ def hear() -> tuple[Any, ...]:
     Raises:
         Lost: it is gone.
     """
-    size_1 = torch.empty(1, dtype=torch.int64)
+    return _take(lambda tensor: dist.broadcast(tensor, 0))
+
+
+def _give(message: tuple[Any, ...], move: Callable[[torch.Tensor], Any]) -> None:
+    """A message as two tensors: how long it is, and itself."""
+    data_B = torch.frombuffer(bytearray(pickle.dumps(message, protocol=5)), dtype=torch.uint8)
     try:
-        dist.broadcast(size_1, 0)
+        move(torch.tensor([len(data_B)]))
+        move(data_B)
+    except RuntimeError as error:
+        raise Lost(str(error)) from error
+
+
+def _take(move: Callable[[torch.Tensor], Any]) -> tuple[Any, ...]:
+    try:
+        size_1 = torch.empty(1, dtype=torch.int64)
+        move(size_1)
         data_B = torch.empty(int(size_1), dtype=torch.uint8)
-        dist.broadcast(data_B, 0)
+        move(data_B)
     except RuntimeError as error:
         raise Lost(str(error)) from error
     message: tuple[Any, ...] = pickle.loads(data_B.numpy().data)

@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,14 @@ def ranks(count: int, *arguments: str | Path, module: str = "fastscore") -> Iter
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def wait_for_work(processes: Sequence[subprocess.Popen[str]], cache: Path, seconds: float) -> None:
+    """Until the cache is there, and all have been at work for so long."""
+    while not cache.exists():
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.1)
+    time.sleep(seconds)
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:

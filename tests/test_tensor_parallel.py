@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from many_processes import ended, environment, make_rows, ranks, read_scores, run_ranks, write_rows
+from many_processes import ended, environment, make_rows, ranks, read_scores, run_ranks, wait_for_work, write_rows
 from tiny_models import make_tiny_model
 
 from fastscore import InputError, Scorer
@@ -169,10 +169,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_goes_on(killed: int, mo
     output = tmp_path / "out.jsonl"
     arguments = ["score", rows, *options(model, "--window-tokens", "20000"), "-o", output]
     with ranks(2, *arguments) as processes:
-        while not output.with_name("out.jsonl.cache.sqlite").exists():
-            assert [process.poll() for process in processes] == [None, None]
-            time.sleep(0.1)
-        time.sleep(1.5)
+        wait_for_work(processes, output.with_name("out.jsonl.cache.sqlite"), 1.5)
         os.kill(processes[killed].pid, signal.SIGKILL)
         since = time.monotonic()
         found = ended(processes)
@@ -192,10 +189,7 @@ def test_sigterm_to_both_keeps_what_was_scored(model: Path, tmp_path: Path) -> N
     output = tmp_path / "out.jsonl"
     arguments = ["score", rows, *options(model, "--window-tokens", "20000"), "-o", output]
     with ranks(2, *arguments) as processes:
-        while not output.with_name("out.jsonl.cache.sqlite").exists():
-            assert [process.poll() for process in processes] == [None, None]
-            time.sleep(0.1)
-        time.sleep(2.0)
+        wait_for_work(processes, output.with_name("out.jsonl.cache.sqlite"), 2.0)
         for process in processes:
             process.send_signal(signal.SIGTERM)
         found = ended(processes)

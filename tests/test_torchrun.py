@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_processes import ended, environment, make_rows, ranks, read_scores, run_ranks, write_rows
+from many_processes import ended, environment, make_rows, ranks, read_scores, run_ranks, wait_for_work, write_rows
 from tiny_models import make_tiny_model
 
 from fastscore import InputError
@@ -124,10 +124,7 @@ def test_a_rank_that_is_killed_ends_the_run(killed: int, model: Path, tmp_path: 
     arguments = ["score", rows, *options(model, "--deterministic"), "-o", tmp_path / "out.jsonl"]
     with ranks(2, *arguments) as processes:
         cache = tmp_path / "out.jsonl.cache.sqlite"
-        while not cache.exists():  # both are at work
-            assert [process.poll() for process in processes] == [None, None]
-            time.sleep(0.1)
-        time.sleep(1.0)
+        wait_for_work(processes, cache, 1.0)
         os.kill(processes[killed].pid, signal.SIGKILL)
         since = time.monotonic()
         found = ended(processes)
@@ -151,10 +148,7 @@ def test_an_interrupt_of_all_ranks_keeps_what_was_scored(
     arguments = ["score", rows, *options(model), "-o", tmp_path / "out.jsonl"]
     cache = tmp_path / "out.jsonl.cache.sqlite"
     with ranks(2, *arguments) as processes:
-        while not cache.exists():
-            assert [process.poll() for process in processes] == [None, None]
-            time.sleep(0.1)
-        time.sleep(2.0)
+        wait_for_work(processes, cache, 2.0)
         for process in processes:
             process.send_signal(signal.SIGINT)
         found = ended(processes)

@@ -24,7 +24,7 @@ EXTRAS = {
     "ray": ["ray[data]>=2.50,<3"],
     "report": ["jinja2>=3.1,<4", "vl-convert-python>=1.9,<2"],
     "bench": ["matplotlib>=3.9"],  # bench/plot.py
-    "fuzz": ["atheris>=2.3,<4; platform_system == 'Linux'"],  # tests/fuzz/
+    "fuzz": ["atheris>=2.3,<4; platform_system == 'Linux'", "gguf>=0.17,<1"],  # tests/fuzz/ holds headers against gguf
 }
 EXTRAS["all"] = sorted(
     {

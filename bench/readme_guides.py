@@ -1,5 +1,5 @@
-"""What several processes cost, for docs/scale-out.md, and how long lm-evaluation-harness's own model takes, for
-docs/lm-eval.md, from the files of ``scale_out.py`` and ``prefix_sharing.py``."""
+"""Measured tables of the guides: what several processes cost, for docs/scale-out.md, how long lm-evaluation-harness's
+own model takes, for docs/lm-eval.md, and how fast the cache is, for docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scale_out import estimate
 
 SCALE = "scale-out-smollm2-135m-cpu-fp32.json"
 HARNESS = "prefix-sharing-lm-eval-smollm2-135m-cpu-fp32.json"
+CACHE = "cache-cpu.json"
 PAIRS, WORKERS = 1e8, 64
 MEANING = {
     "plain": "`fastscore score`",
@@ -32,16 +33,18 @@ def scale_out(folder: Path) -> str:
     command = f"python bench/scale_out.py {Path(options['data']).name} --queries {options['queries']}"
     if int(options["rounds"]) > 1:
         command += f" --rounds {options['rounds']}"
-    rows = 2 * int(options["queries"])
     lines = [
         wrapped(
-            f"`{command}`: {rows} rows with {Path(options['model']).name} in {options['dtype']}, one thread in every "
-            f'process; {machine(report["environment"])} ({link(SCALE, "../")}). "Without start" is what the second '
-            "half of the rows took; efficiency is the speed-up of that over the number of workers:"
+            f"`{command}`: {options['queries']} rows ({results['plain']['pairs']:,.0f} pairs) with "
+            f"{Path(options['model']).name} in {options['dtype']}, one thread in every process; "
+            f"{machine(report['environment'])} ({link(SCALE, '../')}). Starting is a run of one row. The overhead over "
+            "a plain run is what all workers' time comes to, from the first batch to the end, beyond the plain run's "
+            "tokens at the worker's own speed; that speed, as a multiple of the plain run's in the same round, says "
+            "how two processes share this machine:"
         ),
         "",
-        "| | whole run, s | pairs/s without start | speed-up | efficiency | start, s |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | whole run, s | start, s | tokens computed | busy | overhead | speed of a worker | speed-up |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(name, run) for name, run in results.items()),
         "",
         wrapped(_on_paper(report)),
@@ -76,11 +79,40 @@ def harness(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def cache(folder: Path) -> str:
+    """Look-ups and inserts per second."""
+    report = read_result(folder, CACHE)
+    if report is None:
+        return "Neither has been measured yet."
+    cells = report["cells"]
+    lines = [
+        wrapped(
+            f"`python bench/cache.py`: random keys, {report['portion']} scores in an insert, {report['window']:,} keys "
+            f"in a look-up, SQLite {report['sqlite']}; {machine(report['environment'])} ({link(CACHE, '../')}). "
+            "Thousands per second of one core:"
+        ),
+        "",
+        "| | " + " | ".join(f"{cell['entries']:,} scores" for cell in cells) + " |",
+        "| --- |" + " --- |" * len(cells),
+    ]
+    for name in cells[0]["rates"]:
+        rates = (f"{cell['rates'][name]['per_cpu_second'] / 1e3:,.0f}" for cell in cells)
+        lines.append(f"| {name} | {' | '.join(rates)} |")
+    size = max(cell["bytes_per_entry"] for cell in cells)
+    others = ", ".join(f"{each['what']} {each['per_cpu_second']:,.0f} {each['unit']}/s" for each in report["other"])
+    lines += ["", wrapped(f"A score takes at most {size:.0f} bytes in the file. Beside that: {others}.")]
+    return "\n".join(lines)
+
+
 def _row(name: str, run: Mapping[str, Any]) -> str:
-    return (
-        f"| {MEANING[name]} | {run['seconds']:.1f} | {1 / run['seconds per pair']:.2f} | {run['speed-up']:.2f} | "
-        f"{run['efficiency']:.0%} | {run['start']:.1f} |"
-    )
+    by_round = run["worker by round"]
+    cells = [MEANING[name], f"{run['seconds']:.1f}", f"{run['start']:.1f}", f"{run['tokens']:,.0f}"]
+    if name == "plain":
+        cells += ["", "", "1", "1"]
+    else:
+        cells += [f"{run['busy']:.1%}", f"{run['overhead']:.1%}"]
+        cells += [f"{run['worker']:.2f} ({min(by_round):.2f}-{max(by_round):.2f})", f"{run['speed-up']:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _on_paper(report: Mapping[str, Any]) -> str:

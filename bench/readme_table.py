@@ -11,23 +11,26 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from compare import LIMIT
 from contenders import NO_TREE, OURS, PADDED, TUNED
 from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
-from readme_guides import harness, scale_out
+from readme_guides import cache, harness, scale_out
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
 README = ROOT / "README.md"
-NUMERICS, SCALE_OUT, HARNESS = (ROOT / "docs" / f"{name}.md" for name in ("numerics", "scale-out", "lm-eval"))
+NUMERICS, SCALE_OUT, HARNESS, RELIABILITY = (
+    ROOT / "docs" / f"{name}.md" for name in ("numerics", "scale-out", "lm-eval", "reliability")
+)
 RESULTS = ROOT / "bench" / "results"
-END_TO_END = "end-to-end-smollm2-135m-cpu-bf16.json"
+END_TO_END = {dtype: f"end-to-end-smollm2-135m-cpu-{dtype}.json" for dtype in ("bf16", "fp32")}
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
 GPU = "gpu-end-to-end.json"
 
@@ -43,18 +46,23 @@ MEANING = {
 
 
 def end_to_end(folder: Path) -> str:
-    """All contenders on one file, with the limit."""
-    report = read_result(folder, END_TO_END)
-    if report is None:
+    """All contenders on one file, with the limit, in each dtype that was measured."""
+    found = {name: report for name in END_TO_END.values() if (report := read_result(folder, name)) is not None}
+    if not found:
         return "Against its peers, fastscore has not been measured yet (`python bench/end_to_end.py`)."
+    return "\n\n".join(_against_peers(folder, name, report) for name, report in found.items())
+
+
+def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
     task, where = report["workload"], report["environment"]
-    command = f"python bench/end_to_end.py --queries {task['queries']} --rounds {report['rounds']}"
+    command = f"python bench/end_to_end.py --dtype {report['dtype']} --queries {task['queries']}"
+    command += f" --rounds {report['rounds']}"
     lines = [
         wrapped(
             f"**Against other ways.** `{command}`: {task['queries']} queries of {file_name(task)}, {task['pairs']:,} "
             f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {machine(where)}. "
             f"Contenders by turns on the same token ids; medians of {report['rounds']} rounds, in brackets the lowest "
-            f"and highest ratio of a round ({link(END_TO_END)}):"
+            f"and highest ratio of a round ({link(file)}):"
         ),
         "",
         "| | seconds | tokens/s | times fastscore's time | of the GEMM rate | mean distance from fastscore, nats |",
@@ -81,7 +89,7 @@ def end_to_end(folder: Path) -> str:
         ),
     ]
     lines += [f"Left out: {name}, {reason}." for name, reason in report["left_out"].items()]
-    picture = Path(END_TO_END).with_suffix(".svg").name
+    picture = Path(file).with_suffix(".svg").name
     if (folder / picture).exists():
         lines += ["", f"![Seconds of each contender](bench/results/{picture})"]
     return "\n".join(lines)
@@ -191,6 +199,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     NUMERICS: {"fidelity in full": fidelity_in_full, "invariance": invariance, "moved by sharing": moved_by_sharing},
     SCALE_OUT: {"scale out": scale_out},
     HARNESS: {"harness": harness},
+    RELIABILITY: {"cache": cache},
 }
 
 

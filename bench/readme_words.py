@@ -18,7 +18,7 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
 def machine(where: Mapping[str, Any]) -> str:
     """What it was measured on."""
     versions = where["versions"]
-    device = where["gpus"][0]["name"] if where["gpus"] else f"{where['cpu']}, {where['threads']} threads"
+    device = where["gpus"][0]["name"] if where["gpus"] else _cpu(where)
     # One that waits for its threads is counted, too: less than one process for each core is a machine at rest.
     busy = f", load average {where['load_average']:.1f} at the beginning" if "load_average" in where else ""
     commit = where["commit"][:10] + (" with changes" if where["dirty"] else "")
@@ -26,6 +26,11 @@ def machine(where: Mapping[str, Any]) -> str:
         f"{device}{busy}, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}, "
         f"{where['date'][:10]}"
     )
+
+
+def _cpu(where: Mapping[str, Any]) -> str:
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    return f"{where['cpu']} ({where['cpu_capability']}), {threads}"
 
 
 def file_name(task: Mapping[str, Any]) -> str:

@@ -1,9 +1,14 @@
-"""Several processes against one: ``python bench/scale_out.py DATA.jsonl --queries 8 --json OUT``.
+"""Several processes against one: ``python bench/scale_out.py DATA.jsonl --queries 64 --json OUT``.
 
 The same rows are scored by ``fastscore score`` alone, under torchrun and with ``--engine ray``, with one and two
-workers each, one thread in every process, no cache, from the program's start to its end. Each runs with some rows and
-with twice as many; what the second half took is the time without starting anything. Ratios are to the plain run.
-Scores are compared first: with ``--deterministic`` bit by bit, otherwise within 1e-3.
+workers each, one thread in every process, no cache, by turns. Scores are compared first: with ``--deterministic`` bit
+by bit, otherwise within 1e-3.
+
+What an engine costs beyond the plain run is taken from inside its run, where the machine's changes of speed cancel:
+tokens that two workers both compute, and the part of the workers' time that is not spent in the model (waiting for
+rows, for each other at the end, sending, and on CPUs tokenising, which a plain run does too and is not taken off). The
+speed of a worker beside a plain run's in the same round is told with its range; two workers share a machine's memory.
+Starting is measured by runs of one row.
 
 How fast one process reads rows, deals and takes back their blocks and writes them, without scoring, is measured too:
 it feeds all workers. ``--estimate OUT --pairs 100000000 --workers 64`` says what a stored result would mean for such a
@@ -18,7 +23,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -52,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="qa")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument(
-        "--queries", type=int, default=8, help="rows of the smaller run; the larger one has twice as many"
-    )
+    parser.add_argument("--queries", type=int, default=64, help="rows of a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -72,59 +75,96 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     where = {**environment(), "threads": 1}
     print(one_line(where))
-    lines = list(islice(_lines(options.data), 2 * options.queries))
+    lines = list(islice(_lines(options.data), options.queries))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size, count in (("some", len(lines) // 2), ("twice", len(lines))):
-            (folder / f"{size}.jsonl").write_text("".join(lines[:count]), "utf-8")
+        (folder / "one.jsonl").write_text(lines[0], "utf-8")
+        (folder / "all.jsonl").write_text("".join(lines), "utf-8")
         names = ["plain", *(name for name in options.contenders if name != "plain")]
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        rounds: list[dict[str, dict[str, float]]] = []
         for _ in range(options.rounds):
-            for contender in names:
-                rounds[contender].append(measure(contender, folder, options))
+            rounds.append({name: measure(name, folder, options) for name in names})
+            print(show(summary(rounds)), flush=True)
         fed = feed(folder, lines, options.task)
-    found = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in rounds.items()}
-    plain = found["plain"]
-    rows = []
-    for name, run in found.items():
-        run["speed-up"] = plain["seconds per pair"] / run["seconds per pair"]
-        run["efficiency"] = run["speed-up"] / CONTENDERS[name][0]
-        rows.append(
-            [
-                name,
-                f"{run['seconds']:.1f}",
-                f"{plain['seconds'] / run['seconds']:.2f}",
-                f"{1 / run['seconds per pair']:.1f}",
-                f"{run['speed-up']:.2f}",
-                f"{run['start']:.1f}",
-                f"{run['tokens computed']:,.0f}",
-            ]
-        )
-    columns = ["", "seconds", "ratio", "pairs/s without start", "ratio", "start, s", "tokens computed"]
-    print(table(columns, rows))
     print(f"one process feeds workers with {fed:,.0f} pairs/s")
     if options.json is not None:
         told = {name: str(value) for name, value in vars(options).items()}
-        write_json(options.json, {"environment": where, "options": told, "results": found, "fed pairs/s": fed})
+        found = {"results": summary(rounds), "rounds": rounds, "fed pairs/s": fed}
+        write_json(options.json, {"environment": where, "options": told, **found})
 
 
 def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Both runs of a contender; what they wrote is compared with what the plain one did."""
-    _, before, after = CONTENDERS[contender]
-    seconds, pairs, tokens = [], [], []
-    for size in ("some", "twice"):
+    """A run of one row and one of all; what they wrote is compared with what the plain one did."""
+    workers, before, after = CONTENDERS[contender]
+    for size in ("one", "all"):
         output = folder / f"{size}.{contender.replace(' ', '-')}.jsonl"
         given = ["score", str(folder / f"{size}.jsonl"), "-o", str(output), "--task", options.task, "-q", "--no-cache"]
         given += ["--model", options.model, "--dtype", options.dtype, *after]
         given += ["--deterministic"] if options.deterministic else []
-        seconds.append(run_python(*before, "-m", "fastscore", *given).seconds)
-        stats = json.loads(output.with_name(f"{output.name}.meta.json").read_text())["stats"]
-        pairs.append(stats["pairs"])
-        tokens.append(stats["tokens_computed"])
+        seconds = run_python(*before, "-m", "fastscore", *given).seconds
+        if size == "one":
+            start = seconds
         _check(folder / f"{size}.plain.jsonl", output, 0.0 if options.deterministic else TOLERANCE)
-    per_pair = (seconds[1] - seconds[0]) / (pairs[1] - pairs[0])
-    start = seconds[1] - per_pair * pairs[1]
-    return {"seconds": seconds[1], "seconds per pair": per_pair, "start": start, "tokens computed": tokens[1]}
+    meta = json.loads(output.with_name(f"{output.name}.meta.json").read_text())
+    stats, scorer = meta["stats"], meta["scorer"]
+    if contender == "plain":
+        in_model, busy = stats["seconds"], 1.0
+    else:
+        in_model, busy = sum(scorer["seconds_by_worker"].values()), scorer["busy"]
+        if len(scorer["seconds_by_worker"]) != workers:
+            raise SystemExit(f"{contender}: {len(scorer['seconds_by_worker'])} workers scored; are the rows too few?")
+    return {
+        "seconds": seconds,
+        "start": start,
+        "pairs": stats["pairs"],
+        "tokens": stats["tokens_computed"],
+        "in model": in_model,
+        "busy": busy,
+    }
+
+
+def summary(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Of each contender its medians, and the ratios to the plain run of the same round.
+
+    overhead: what a worker's time comes to beyond computing the plain run's tokens at its own speed.
+    worker: tokens/s of a worker in the model, as a multiple of the plain run's.
+    speed-up: both together, for all workers.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in rounds[0]:
+        runs, plain = [each[name] for each in rounds], [each["plain"] for each in rounds]
+        worker = [
+            (run["tokens"] / run["in model"]) / (alone["tokens"] / alone["in model"])
+            for run, alone in zip(runs, plain, strict=True)
+        ]
+        kept = [run["busy"] * alone["tokens"] / run["tokens"] for run, alone in zip(runs, plain, strict=True)]
+        found[name] = {key: median(run[key] for run in runs) for key in runs[0]}
+        found[name] |= {
+            "kept": median(kept),
+            "overhead": 1 / median(kept) - 1,
+            "worker": median(worker),
+            "worker by round": worker,
+            "speed-up": median(CONTENDERS[name][0] * a * b for a, b in zip(kept, worker, strict=True)),
+        }
+    return found
+
+
+def show(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each contender."""
+    rows = [
+        [
+            name,
+            f"{run['seconds']:.1f}",
+            f"{run['start']:.1f}",
+            f"{run['tokens']:,.0f}",
+            f"{run['busy']:.1%}",
+            f"{run['overhead']:.1%}",
+            f"{run['worker']:.2f} ({min(run['worker by round']):.2f}-{max(run['worker by round']):.2f})",
+            f"{run['speed-up']:.2f}",
+        ]
+        for name, run in results.items()
+    ]
+    return table(["", "seconds", "start, s", "tokens", "in model", "overhead", "speed of a worker", "speed-up"], rows)
 
 
 def feed(folder: Path, lines: Sequence[str], task: str) -> float:
@@ -142,16 +182,18 @@ def feed(folder: Path, lines: Sequence[str], task: str) -> float:
     return pairs / (time.perf_counter() - started)
 
 
-def estimate(result: dict[str, Any], pairs: float, workers: int) -> str:
+def estimate(result: Mapping[str, Any], pairs: float, workers: int) -> str:
     """What a stored result would mean for that many pairs on that many workers like the one measured."""
     plain, fed = result["results"]["plain"], result["fed pairs/s"]
-    kept = {name: run["efficiency"] for name, run in result["results"].items() if CONTENDERS[name][0] > 1}
     lines = [f"an estimate, not a measurement, for {pairs:,.0f} pairs on {workers} workers like the plain run:"]
-    for name, efficiency in kept.items():
-        scoring = pairs * plain["seconds per pair"] / (workers * min(1.0, efficiency))
-        hours = (max(scoring, pairs / fed) + result["results"][name]["start"]) / 3600
+    for name, run in result["results"].items():
+        if CONTENDERS[name][0] == 1:
+            continue
+        kept = min(1.0, run["kept"])
+        scoring = pairs * plain["in model"] / plain["pairs"] / (workers * kept)
+        hours = (max(scoring, pairs / fed) + run["start"]) / 3600
         what = "scoring" if scoring >= pairs / fed else "feeding"
-        lines.append(f"{name.split()[0]}: {hours:,.1f} hours, bound by {what} (efficiency of {name}: {efficiency:.2f})")
+        lines.append(f"{name.split()[0]}: {hours:,.1f} hours, bound by {what} (efficiency of {name}: {kept:.3f})")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +33,7 @@ class BlockScores:
     worker: names the scorer.
     tries: how often the block was begun.
     cache_trouble: why a worker goes without a cache.
+    began, ended: seconds since the epoch; it begins with the first batch, and not with loading a model.
     """
 
     index: int
@@ -43,6 +45,8 @@ class BlockScores:
     stats: RunStats = field(default_factory=RunStats)
     error: Exception | None = None
     description: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
+    ended: float = 0.0
 
 
 def score_block(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any) -> BlockScores:
@@ -63,7 +67,9 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
         result.bad.append((position[id(row)], error))
 
     def count(stats: RunStats) -> None:
-        on_progress(stats.minus(before))
+        done = stats.minus(before)
+        result.began = result.began or time.time() - done.seconds
+        on_progress(done)
 
     for scored in scorer.stream_rows(
         block.rows,
@@ -77,6 +83,7 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
     scorer.stats.flush_padded()
     result.stats = scorer.stats.minus(before)
     result.description = scorer.describe()
+    result.ended = time.time()
 
 
 def sendable(result: BlockScores) -> BlockScores:
@@ -176,12 +183,17 @@ class TotalStats:
         self.pairs: dict[str, int] = {}
         self.repeated = 0
         self._seconds: dict[str, float] = {}
+        self._began: dict[str, float] = {}
+        self._ended = 0.0
 
     def add(self, result: BlockScores) -> None:
         """Count what a worker has done."""
         seconds = self._seconds[result.worker] = self._seconds.get(result.worker, 0.0) + result.stats.seconds
         self.pairs[result.worker] = self.pairs.get(result.worker, 0) + result.stats.pairs
         self.repeated += result.tries - 1
+        if result.began:
+            self._began[result.worker] = min(result.began, self._began.get(result.worker, result.began))
+        self._ended = max(result.ended, self._ended)
         busiest = max(self.stats.seconds, seconds)
         for name, value in replace(self.stats.plus(result.stats), seconds=busiest).counters().items():
             setattr(self.stats, name, value)
@@ -192,8 +204,16 @@ class TotalStats:
             "engine": engine,
             "workers": workers,
             "pairs_by_worker": dict(self.pairs),
+            "seconds_by_worker": {worker: round(seconds, 3) for worker, seconds in self._seconds.items()},
+            "busy": self.busy(),
             "repeated_blocks": self.repeated,
         }
+
+    def busy(self) -> float | None:
+        """The part of the workers' time that they spent in the model: of each worker's time from its first batch to
+        the last block's end. None before anything has been scored."""
+        time_there = sum(self._ended - began for began in self._began.values())
+        return round(sum(self._seconds.values()) / time_there, 4) if time_there > 0 else None
 
     def with_running(self, running: Mapping[str, RunStats]) -> RunStats:
         """The same with what each worker has done of a block that is not finished, for a progress bar."""

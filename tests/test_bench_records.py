@@ -173,8 +173,8 @@ def test_the_stored_baseline_can_be_compared_with() -> None:
 def test_the_readme_says_what_the_files_say() -> None:
     text = readme_table.README.read_text("utf-8")
     assert readme_table.rewritten(text) == text, "run: python bench/readme_table.py"
-    for document in (readme_table.NUMERICS, readme_table.SCALE_OUT, readme_table.HARNESS):
-        guide, sections = document.read_text("utf-8"), readme_table.DOCUMENTS[document]
+    for document, sections in readme_table.DOCUMENTS.items():
+        guide = document.read_text("utf-8")
         assert readme_table.rewritten(guide, sections=sections) == guide, "run: python bench/readme_table.py"
     with pytest.raises(ValueError, match="once each"):
         readme_table.rewritten(text.replace("<!-- measured: costs -->", ""))
@@ -187,7 +187,7 @@ def results(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(end_to_end, "qa_queries", lambda tokenizer: read_workload(EXAMPLE, tokenizer, 3))
         options = ["--model", str(llama), "--dtype", "fp32", "--rounds", "2", "--peers", PADDED, TUNED]
-        assert end_to_end.main([*options, "--json", str(folder / readme_table.END_TO_END)]) == 0
+        assert end_to_end.main([*options, "--json", str(folder / readme_table.END_TO_END["fp32"])]) == 0
     for module, name, more in (
         ("linear", readme_table.LINEAR, ["--queries", "1", "--copies", "1", "3"]),
         ("startup", readme_table.STARTUP, ["--rounds", "1"]),
@@ -207,7 +207,7 @@ def test_tables_show_the_figures_of_their_files(results: Path) -> None:
     assert "Not yet measured on a GPU." in text
     assert "What sharing brings has not been measured yet" in text
 
-    report = json.loads((results / readme_table.END_TO_END).read_text("utf-8"))
+    report = json.loads((results / readme_table.END_TO_END["fp32"]).read_text("utf-8"))
     rows = {cells[1].strip(): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) == 8}
     for name, values in report["contenders"].items():
         cells = rows[readme_table.MEANING.get(name, name)]
@@ -252,7 +252,7 @@ def test_programs_are_measured() -> None:
 
 
 def test_the_picture_has_a_bar_for_each(results: Path, tmp_path: Path) -> None:
-    result = json.loads((results / readme_table.END_TO_END).read_text("utf-8"))
+    result = json.loads((results / readme_table.END_TO_END["fp32"]).read_text("utf-8"))
     [panel] = plot.plot_end_to_end(result).axes
     widths = sorted(patch.get_width() for patch in panel.patches)
     seconds = [values["median_seconds"] for values in result["contenders"].values()]
@@ -265,5 +265,5 @@ def test_the_picture_has_a_bar_for_each(results: Path, tmp_path: Path) -> None:
     [panel] = plot.plot_end_to_end(result).axes
     assert len(panel.patches) == len(widths) - 1
     picture = tmp_path / "picture.svg"
-    assert plot.main(["end-to-end", str(results / readme_table.END_TO_END), str(picture)]) == 0
+    assert plot.main(["end-to-end", str(results / readme_table.END_TO_END["fp32"]), str(picture)]) == 0
     assert "</svg>" in picture.read_text("utf-8")

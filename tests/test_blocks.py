@@ -132,6 +132,18 @@ def test_totals_are_sums_and_the_seconds_of_the_busiest() -> None:
     assert (stats.pairs, stats.seconds) == (7, 5.0)
 
 
+def test_workers_are_busy_from_their_first_batch_to_the_end_of_the_last_block() -> None:
+    total = TotalStats()
+    assert total.busy() is None
+    total.add(replace(result(0, "a", seconds=4.0), began=100.0, ended=105.0))
+    total.add(replace(result(1, "b", seconds=3.0), began=102.0, ended=106.0))
+    total.add(replace(result(2, "a", seconds=5.0), began=105.5, ended=110.0))
+    total.add(result(3, "b"))  # nothing was scored of it
+    assert total.busy() == pytest.approx((4 + 3 + 5) / (10 + 8), abs=1e-4)
+    about = total.describe("ray", 2)
+    assert (about["busy"], about["seconds_by_worker"]) == (total.busy(), {"a": 9.0, "b": 3.0})
+
+
 class Scorer:
     """Scores a row by the length of its context; one without is bad."""
 

@@ -67,6 +67,8 @@ def test_torchrun_writes_the_very_same_file(model: Path, tmp_path: Path) -> None
     assert sum(scorer["pairs_by_worker"].values()) == meta["stats"]["pairs"] == before["stats"]["pairs"]
     assert meta["stats"]["tokens_unpadded"] == before["stats"]["tokens_unpadded"]
     assert all(scorer["pairs_by_worker"].get(rank, 0) > 0 for rank in ("0", "1")), "both ranks scored"
+    assert max(scorer["seconds_by_worker"].values()) == pytest.approx(meta["stats"]["seconds"], abs=1e-3)
+    assert 0 < scorer["busy"] < 1
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 The truth: each pair alone, unpadded, plain transformers in fp32. Against it, over the same token ids: fastscore in
 fp32, in bf16 as it runs by default (residual stream in fp32), with the residual stream in bf16, with the model's own
 layers, and in int8 where torchao is installed; and padded batches of four in bf16, once with the cross entropy in bf16
-as the reference system computes it and once with the logits upcast to fp32. Results are written after every few
-queries.
+as the reference system computes it and once with the logits upcast to fp32. ``--contenders`` takes some of them.
+Results are written after every few queries.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workload import TokenPair, Workload, load_workload
 
 from fastscore import Scorer
+from fastscore.model_source import resolve_model
+from fastscore.models import choose_device
 
 sys.path.append(str(ROOT / "tests"))  # the tests' own truth, which uses nothing of fastscore
 from truth import alone
@@ -113,27 +115,52 @@ def excess(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"mean": float(difference.mean()), "standard_error": error}
 
 
-def measure(model: str, workload: Workload, save: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
-    """Score block after block; ``save`` is given the results so far after each. The last ones come back."""
-    scorers = {name: Scorer(model, **options) for name, options in OURS.items() if takes_part(options)}
-    folder = scorers[FAST_FP32].model_path
-    device = scorers[FAST_BF16].load().device
-    padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
-    distances = {name: Distance() for name in (*scorers, *PEERS)}
+def measure(
+    model: str,
+    workload: Workload,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+    contenders: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Score block after block; ``save`` is given the results so far after each. The last ones come back.
+
+    contenders: by name; without them, all that can take part.
+    """
+    names = [*OURS, *PEERS] if contenders is None else contenders
+    scorers = {
+        name: Scorer(model, **OURS[name])
+        for name in names
+        if name in OURS and (contenders is not None or takes_part(OURS[name]))
+    }
+    folder = resolve_model(model).name_or_path
+    peers = [name for name in names if name in PEERS]
+    device = choose_device("auto")
+    padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device) if peers else None
+    distances = {name: Distance() for name in (*scorers, *peers)}
     results: dict[str, Any] = {}
     for first in range(0, len(workload.queries), BLOCK_QUERIES):
         block = workload.queries[first : first + BLOCK_QUERIES]
         pairs = [pair for query in block for pair in query]
         truth = alone(folder, pairs)
         scores = {name: _fastscore(scorer, pairs) for name, scorer in scorers.items()}
-        scores |= _padded(padded, pairs)
+        if padded is not None:
+            scores |= _padded(padded, pairs)
         start = 0
         for query in block:
             part = slice(start, start + len(query))
             start = part.stop
             for name, distance in distances.items():
                 distance.add_query(scores[name][part], truth[part])
-        results = _results(distances, scorers[FAST_BF16], workload)
+        results = {
+            "workload": workload.describe(),
+            "queries_done": first + len(block),
+            "complete": first + len(block) == len(workload.queries),
+            "device": str(device),
+            "runs": {
+                name: {key: scorer.describe()[key] for key in ("attention", "forward")}
+                for name, scorer in scorers.items()
+            },
+            **_results(distances),
+        }
         save(results)
         print(f"{first + len(block)} of {len(workload.queries)} queries", flush=True)
     return results
@@ -161,23 +188,14 @@ def show(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _results(distances: Mapping[str, Distance], scorer: Scorer, workload: Workload) -> dict[str, Any]:
-    ours = distances[FAST_BF16].query_differences
-    done = len(distances[FAST_BF16].taus)
-    return {
-        "workload": workload.describe(),
-        "queries_done": done,
-        "complete": done == len(workload.queries),
-        "device": str(scorer.load().device),
-        "attention": scorer.describe()["attention"],
-        "contenders": {name: distance.summary() for name, distance in distances.items()},
-        "bf16_packed_minus": {
-            name: excess(ours, distance.query_differences)
-            for name, distance in distances.items()
-            if name not in (FAST_FP32, FAST_BF16)
-        },
-        "forward": scorer.describe()["forward"],
+def _results(distances: Mapping[str, Distance]) -> dict[str, Any]:
+    found: dict[str, Any] = {"contenders": {name: distance.summary() for name, distance in distances.items()}}
+    found["bf16_packed_minus"] = {
+        name: excess(distances[FAST_BF16].query_differences, distance.query_differences)
+        for name, distance in distances.items()
+        if FAST_BF16 in distances and name not in (FAST_FP32, FAST_BF16)
     }
+    return found
 
 
 def _fastscore(scorer: Scorer, pairs: Sequence[TokenPair]) -> list[PairScore]:
@@ -201,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--queries", type=int, default=40, help="the first so many of nq_qa.jsonl")
+    parser.add_argument("--contenders", nargs="+", choices=[*OURS, *PEERS], metavar="NAME", help="default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
 
@@ -214,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     workload = load_workload(Scorer(options.model, dtype="fp32").tokenizer, options.queries)
     print(f"{one_line(where)}\n{options.model}, first {options.queries} queries: {workload.describe()}", flush=True)
-    print(show(measure(options.model, workload, save)))
+    print(show(measure(options.model, workload, save, options.contenders)))
 
 
 if __name__ == "__main__":

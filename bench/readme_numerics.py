@@ -12,7 +12,7 @@ from fidelity import FAST_BF16, FAST_FP32, FAST_INT8, FAST_MODEL, FAST_NARROW, P
 from invariance import DETERMINISTIC
 from readme_words import link, machine, read_result, wrapped
 
-FIDELITY = "fidelity-smollm2-135m-cpu.json"
+FIDELITY, QUANTIZED = "fidelity-smollm2-135m-cpu.json", "fidelity-int8-smollm2-135m-cpu.json"
 SHARING = "prefix-sharing-smollm2-135m-cpu-bf16.json"
 TOKEN, PAIR = "nats_per_answer_token", "nats_per_pair"
 PARTS = {TOKEN: "per token", PAIR: "per pair"}
@@ -66,6 +66,25 @@ def fidelity_in_full(folder: Path) -> str:
         ),
         "",
         *_distances(report, [(part, key) for part in (TOKEN, PAIR) for key in KEYS]),
+    ]
+    return "\n".join(lines)
+
+
+def quantized(folder: Path) -> str:
+    """What eight bits cost, in the same figures."""
+    report = read_result(folder, QUANTIZED)
+    if report is None:
+        return "What it costs in fidelity has not been measured yet (`python bench/fidelity.py`)."
+    task = report["workload"]
+    names = " ".join(f'"{name}"' for name in report["contenders"])
+    lines = [
+        wrapped(
+            f"`python bench/fidelity.py --queries {task['queries']} --contenders {names}`: {task['pairs']:,} pairs, "
+            f"{report['model']}; {machine(report['environment'])} ({link(QUANTIZED, '../')}). Distances from the truth "
+            "in nats, as above:"
+        ),
+        "",
+        *_distances(report, [(TOKEN, "mean"), (TOKEN, "max"), (PAIR, "mean"), (PAIR, "max")]),
     ]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
 from readme_guides import cache, harness, scale_out
-from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing
+from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing, quantized
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP
 
@@ -114,10 +114,13 @@ def costs(folder: Path) -> str:
     if growth is None:
         lines.append("How cost grows has not been measured yet (`python bench/linear.py`).")
     else:
-        begun = statistics.median(growth["start_seconds"])
+        begun, layers = statistics.median(growth["start_seconds"]), growth["layers"]
+        command, model = "python bench/linear.py", growth["model"]
+        if layers is not None:
+            command, model = f"{command} --layers {layers}", f"the first {layers} layers of {model}"
         lines += [
             wrapped(
-                f"**Growth.** `python bench/linear.py`: `fastscore score` from file to file with {growth['model']}; "
+                f"**Growth.** `{command}`: `fastscore score` from file to file with {model}; "
                 f"{machine(growth['environment'])} ({link(LINEAR)}). The start, {begun:.1f} s, is taken off the "
                 "time per pair:"
             ),
@@ -196,7 +199,12 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 }
 DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     README: SECTIONS,
-    NUMERICS: {"fidelity in full": fidelity_in_full, "invariance": invariance, "moved by sharing": moved_by_sharing},
+    NUMERICS: {
+        "fidelity in full": fidelity_in_full,
+        "invariance": invariance,
+        "moved by sharing": moved_by_sharing,
+        "quantized": quantized,
+    },
     SCALE_OUT: {"scale out": scale_out},
     HARNESS: {"harness": harness},
     RELIABILITY: {"cache": cache},

@@ -107,7 +107,7 @@ def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[s
         _check(folder / f"{size}.plain.jsonl", output, 0.0 if options.deterministic else TOLERANCE)
     meta = json.loads(output.with_name(f"{output.name}.meta.json").read_text())
     stats, scorer = meta["stats"], meta["scorer"]
-    if contender == "plain":
+    if "engine" not in scorer:  # one process, which torchrun's only one is as well
         in_model, busy = stats["seconds"], 1.0
     else:
         in_model, busy = sum(scorer["seconds_by_worker"].values()), scorer["busy"]

@@ -18,10 +18,10 @@ from fastscore.forwards import choose_forward
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import ATTENTION_NAME, body_of, own_attention, seq2seq_hidden
+from fastscore.packed_forward import ATTENTION_NAME, own_attention, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
-from fastscore.self_check import check_causal, check_packed, probe_requests
+from fastscore.self_check import SelfCheck, probe_requests
 from fastscore.split_model import agree, split_over_processes
 from fastscore.types import InputError, ScoringRequest, dtype_name
 from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
@@ -143,14 +143,16 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         if getattr(model.config, "decoder_start_token_id", None) is None:
             raise InputError("the model's config has no decoder_start_token_id: what an answer begins with is unknown")
         mode, reason = "encoder-decoder", "an encoder-decoder is not packed"
+        _check_seq2seq_head(model, head, device)
     else:
-        if reason := check_causal(model, device):
+        check = SelfCheck(model, device)
+        if reason := check.causal():
             raise InputError(reason)
-        reason, needs = check_packed(model, device)
+        reason, needs = check.packed()
         mode = "padded" if reason else "packed"
         if not reason:
-            chosen = choose_forward(model, config, needs)
-    _check_head(model, head, device)
+            chosen = choose_forward(model, config, needs, check)
+        _check_head(model, head, check)
     if config.deterministic and mode != "packed":
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
     if chosen is None and config.own_forward_option:
@@ -250,21 +252,23 @@ def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> 
 
 
 @torch.inference_mode()
-def _check_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> None:
+def _check_head(model: PreTrainedModel, head: LMHead, check: SelfCheck) -> None:
     """A few tokens through the whole model and through body and head: the logits must agree."""
     request = probe_requests(head.vocab_size)[0]
-    ids_1L = torch.tensor([request.token_ids], device=device)
+    ids_1L = torch.tensor([request.token_ids[:-1]], device=model.device)
     with own_attention(model):
-        if model.config.is_encoder_decoder:
-            pair = ScoringRequest(request.token_ids + request.token_ids, len(request.token_ids))
-            batch = seq2seq_batch([pair], [0], slot_offsets([pair]), model.config.decoder_start_token_id, 0).to(device)
-            hidden_LD = seq2seq_hidden(model, batch)
-            logits_LV = model(
-                input_ids=batch.prompt_ids_BP, decoder_input_ids=batch.decoder_ids_BL, use_cache=False
-            ).logits[0]
-        else:
-            hidden_LD = body_of(model)(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
-            logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
+        logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
+    check_lm_head(head, check.alone(request), logits_LV)
+
+
+@torch.inference_mode()
+def _check_seq2seq_head(model: PreTrainedModel, head: LMHead, device: torch.device) -> None:
+    """The same for an encoder-decoder."""
+    request = probe_requests(head.vocab_size)[0]
+    pair = ScoringRequest(request.token_ids + request.token_ids, len(request.token_ids))
+    batch = seq2seq_batch([pair], [0], slot_offsets([pair]), model.config.decoder_start_token_id, 0).to(device)
+    hidden_LD = seq2seq_hidden(model, batch)
+    logits_LV = model(input_ids=batch.prompt_ids_BP, decoder_input_ids=batch.decoder_ids_BL, use_cache=False).logits[0]
     check_lm_head(head, hidden_LD, logits_LV)
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastscore.attention import PROVIDERS, Attend, AttentionNeeds
-from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, padded_hidden
+from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, own_attention, padded_hidden
 from fastscore.packing import cut_pack
 from fastscore.padding import padded_batch, slot_offsets
 from fastscore.prefix_tree import build_prefix_tree
@@ -17,6 +17,8 @@ from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest, dtype_name
 
 PROBE_LENGTHS = (14, 9)
 SHARED_LENGTH = 6
+SHARED_PACK = 11
+"""Tokens of a pack where prefixes are shared: the probes make three, so that keys are carried on twice."""
 VARLEN_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types that varlen attention computes. Others (chunked, sparse, compressed) may differ only beyond a length that
 no probe reaches."""
@@ -46,117 +48,124 @@ def tolerance_for(model: PreTrainedModel) -> float:
     return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
-@torch.inference_mode()
-def check_packed(model: PreTrainedModel, device: torch.device) -> tuple[str, AttentionNeeds]:
-    """Why packs do not work with this model, or "" when they do (then it is left ready for them); and its needs.
+class SelfCheck:
+    """A few tokens through a model, its own way and ours. What a pass gave is kept for the questions after it: for a
+    small model these passes are most of what loading takes.
 
-    Three questions, asked with the plain reference attention. Agreement: are two sequences in a pack what each is
-    alone, in the model's own attention? Isolation: does the second stay the same when the first is replaced by another
-    of its length? The shapes are the same then, so that even in low precision a leak shows. Sharing: are sequences
-    still the same when they share a prefix and are cut into several packs?
+    The model is left in its own attention until :meth:`packed` has found that packs work.
     """
-    recorder = _Recorder(PROVIDERS["reference"].load(), AttentionNeeds(device.type, dtype_name(model.dtype)))
-    if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - VARLEN_LAYERS:
-        return f"layers of type {', '.join(sorted(others))}", recorder.needs
-    original = model.config._attn_implementation
-    try:
-        reason = _differences(model, recorder, device)
-    except torch.OutOfMemoryError:  # says nothing about packs; and processes that hold a model together must agree
-        raise
-    except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
-        reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
-    if reason:
-        model.set_attn_implementation(original)
-    return reason, recorder.needs
 
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._tolerance = tolerance_for(model)
+        self._requests = probe_requests(_vocab_size(model))
+        self._alone: dict[ScoringRequest, torch.Tensor] = {}
+        self._truth: torch.Tensor | None = None
 
-@torch.inference_mode()
-def check_provider(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
-    """How a provider's attention differs from the reference on a model that runs packs, or ""."""
-    return check_forward(model, ModelForward(model, attend), device)
+    @torch.inference_mode()
+    def causal(self) -> str:
+        """Why this is no causal language model, or "": does a token know only what stands before it?
 
+        In an encoder such as BERT later tokens change the hidden states of earlier ones, so there is no log-probability
+        of an answer given its prompt.
+        """
+        first, _, _, other = self._requests
+        kept = 3
+        changed = ScoringRequest(first.token_ids[:kept] + other.token_ids[kept:], 1)
+        difference = _relative(self.alone(changed)[:kept], self.alone(first)[:kept])
+        if difference <= self._tolerance:
+            return ""
+        return (
+            f"{type(self._model).__name__} is not a causal language model: later tokens change earlier hidden states "
+            f"(relative difference {difference:.1e})"
+        )
 
-@torch.inference_mode()
-def check_forward(model: PreTrainedModel, forward: PackForward, device: torch.device) -> str:
-    """How a forward pass differs from the model's own with reference attention, on a model that runs packs, or ""."""
-    first, second, third, _ = probe_requests(_vocab_size(model))
-    truth = _run(ModelForward(model, PROVIDERS["reference"].load()), [first, second, third], device)
-    try:
-        found = _run(forward, [first, second, third], device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
-        return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
-    difference = _relative(found, truth)
-    return "" if difference <= tolerance_for(model) else f"it is wrong (relative difference {difference:.1e})"
+    @torch.inference_mode()
+    def packed(self) -> tuple[str, AttentionNeeds]:
+        """Why packs do not work with this model, or "" when they do (then it is left ready for them); and its needs.
 
+        Three questions, asked with the plain reference attention. Agreement: are two sequences in a pack what each is
+        alone, in the model's own attention? Isolation: does the second stay the same when the first is replaced by
+        another of its length? The shapes are the same then, so that even in low precision a leak shows. Sharing: are
+        sequences still the same when they share a prefix and are cut into several packs?
+        """
+        model = self._model
+        recorder = _Recorder(PROVIDERS["reference"].load(), AttentionNeeds(self._device.type, dtype_name(model.dtype)))
+        if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - VARLEN_LAYERS:
+            return f"layers of type {', '.join(sorted(others))}", recorder.needs
+        original = model.config._attn_implementation
+        try:
+            reason = self._differences(recorder)
+        except torch.OutOfMemoryError:  # says nothing about packs; processes that hold a model together must agree
+            raise
+        except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
+            reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+        if reason:
+            model.set_attn_implementation(original)
+        return reason, recorder.needs
 
-@torch.inference_mode()
-def check_causal(model: PreTrainedModel, device: torch.device) -> str:
-    """Why this is no causal language model, or "": does a token know only what stands before it?
+    def provider(self, attend: Attend) -> str:
+        """How a provider's attention differs from the reference on a model that runs packs, or ""."""
+        return self.forward(ModelForward(self._model, attend))
 
-    In an encoder such as BERT later tokens change the hidden states of earlier ones, so there is no log-probability
-    of an answer given its prompt.
-    """
-    first, _, _, other = probe_requests(_vocab_size(model))
-    kept = 3
-    before, after = (
-        _alone(model, ScoringRequest(first.token_ids[:kept] + rest.token_ids[kept:], 1), device)[:kept]
-        for rest in (first, other)
-    )
-    difference = _relative(after, before)
-    if difference <= tolerance_for(model):
+    @torch.inference_mode()
+    def forward(self, forward: PackForward) -> str:
+        """How a forward pass differs from the model's own with reference attention, where packs work; or ""."""
+        try:
+            found = self._run(forward, self._requests[:3])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
+            return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+        assert self._truth is not None, "packs work with this model"
+        difference = _relative(found, self._truth)
+        return "" if difference <= self._tolerance else f"it is wrong (relative difference {difference:.1e})"
+
+    @torch.inference_mode()
+    def alone(self, request: ScoringRequest) -> torch.Tensor:
+        """Hidden states of a request's input tokens, in the model's own attention."""
+        if request not in self._alone:
+            batch = padded_batch([request], [0], slot_offsets([request])).to(self._device)
+            with own_attention(self._model):
+                self._alone[request] = padded_hidden(self._model, batch)
+        return self._alone[request]
+
+    def _differences(self, attend: Attend) -> str:
+        model, (first, second, third, other) = self._model, self._requests
+        alone = [self.alone(request) for request in (first, second, third)]
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            return "its attention does not go through transformers' attention interface"
+        # Nothing shared here, so the longer request stands first.
+        forward = ModelForward(model, attend)
+        packed = self._run(forward, [first, second], share=False)
+        replaced = self._run(forward, [other, second], share=False)
+        length = PROBE_LENGTHS[0]
+        leak = _relative(replaced[length:], packed[length:])
+        if not leak <= self._tolerance / 10:
+            return f"tokens of one sequence reach another in its pack (relative difference {leak:.1e})"
+        difference = _relative(packed, torch.cat(alone[:2]))
+        if not difference <= self._tolerance:
+            return f"packed and separate sequences disagree (relative difference {difference:.1e})"
+        self._truth = self._run(forward, [first, second, third])
+        difference = _relative(self._truth, torch.cat(alone))
+        if not difference <= self._tolerance:
+            return f"sequences that share a prefix disagree with separate ones (relative difference {difference:.1e})"
         return ""
-    return (
-        f"{type(model).__name__} is not a causal language model: later tokens change earlier hidden states "
-        f"(relative difference {difference:.1e})"
-    )
 
-
-def _differences(model: PreTrainedModel, attend: Attend, device: torch.device) -> str:
-    first, second, third, other = probe_requests(_vocab_size(model))
-    alone = [_alone(model, request, device) for request in (first, second, third)]
-    model.set_attn_implementation(ATTENTION_NAME)
-    if model.config._attn_implementation != ATTENTION_NAME:
-        return "its attention does not go through transformers' attention interface"
-    tolerance = tolerance_for(model)
-    # Nothing shared here, so the longer request stands first.
-    forward = ModelForward(model, attend)
-    packed = _run(forward, [first, second], device, share=False)
-    replaced = _run(forward, [other, second], device, share=False)
-    length = PROBE_LENGTHS[0]
-    leak = _relative(replaced[length:], packed[length:])
-    if not leak <= tolerance / 10:
-        return f"tokens of one sequence reach another in its pack (relative difference {leak:.1e})"
-    difference = _relative(packed, torch.cat(alone[:2]))
-    if not difference <= tolerance:
-        return f"packed and separate sequences disagree (relative difference {difference:.1e})"
-    shared = _run(forward, [first, second, third], device)
-    difference = _relative(shared, torch.cat(alone))
-    if not difference <= tolerance:
-        return f"sequences that share a prefix disagree with separate ones (relative difference {difference:.1e})"
-    return ""
-
-
-def _alone(model: PreTrainedModel, request: ScoringRequest, device: torch.device) -> torch.Tensor:
-    batch = padded_batch([request], [0], slot_offsets([request]))
-    return padded_hidden(model, batch.to(device)).float()
-
-
-def _run(
-    forward: PackForward, requests: list[ScoringRequest], device: torch.device, share: bool = True
-) -> torch.Tensor:
-    """Hidden states of every request's tokens, one after the other; in several packs where prefixes are shared."""
-    tree = build_prefix_tree(requests, share=share)
-    size = 8 if share else tree.num_tokens
-    hidden: list[torch.Tensor] = []
-    carried: CarriedKeys = []
-    for start in range(0, tree.num_tokens, size):
-        pack: PackedBatch = cut_pack(tree, start, min(size, tree.num_tokens - start)).to(device)
-        hidden_TD, carried = forward(pack, carried, None)
-        hidden.append(hidden_TD.float())
-    rows = torch.from_numpy(tree.slot_row_Q[tree.request_slot]).to(device)
-    return torch.cat(hidden)[rows]
+    def _run(self, forward: PackForward, requests: list[ScoringRequest], share: bool = True) -> torch.Tensor:
+        """Hidden states of every request's tokens, one after the other; in several packs where prefixes are shared."""
+        tree = build_prefix_tree(requests, share=share)
+        size = SHARED_PACK if share else tree.num_tokens
+        hidden: list[torch.Tensor] = []
+        carried: CarriedKeys = []
+        for start in range(0, tree.num_tokens, size):
+            pack: PackedBatch = cut_pack(tree, start, min(size, tree.num_tokens - start)).to(self._device)
+            hidden_TD, carried = forward(pack, carried, None)
+            hidden.append(hidden_TD)
+        rows = torch.from_numpy(tree.slot_row_Q[tree.request_slot]).to(self._device)
+        return torch.cat(hidden)[rows]
 
 
 class _Recorder:
@@ -204,4 +213,5 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def _relative(value_TD: torch.Tensor, truth_TD: torch.Tensor) -> float:
+    value_TD, truth_TD = value_TD.float(), truth_TD.float()
     return float((value_TD - truth_TD).norm() / truth_TD.norm().clamp_min(1e-30))

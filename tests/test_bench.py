@@ -180,6 +180,12 @@ def test_fidelity_measures_and_saves_as_it_goes(llama: Path, tmp_path: Path) -> 
         # Each query has four candidates, so that the mean over queries is the mean over pairs.
         per_query = value["per_query"]["mean_nats_per_pair"]
         assert sum(per_query) / len(rows) == pytest.approx(value["nats_per_pair"]["mean"])
+    some = fidelity.measure(str(llama), workload, contenders=[fidelity.FAST_FP32, fidelity.PADDED_UPCAST])
+    assert some["contenders"].keys() == {fidelity.FAST_FP32, fidelity.PADDED_UPCAST}
+    again = {name: value["nats_per_answer_token"]["mean"] for name, value in some["contenders"].items()}
+    assert again == pytest.approx({name: mean[name] for name in again}, abs=1e-6)
+    assert not some["bf16_packed_minus"]
+    assert fidelity.show(some)
 
 
 def test_spread_sample_covers_the_lengths() -> None:

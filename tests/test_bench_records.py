@@ -189,7 +189,7 @@ def results(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["--model", str(llama), "--dtype", "fp32", "--rounds", "2", "--peers", PADDED, TUNED]
         assert end_to_end.main([*options, "--json", str(folder / readme_table.END_TO_END["fp32"])]) == 0
     for module, name, more in (
-        ("linear", readme_table.LINEAR, ["--queries", "1", "--copies", "1", "3"]),
+        ("linear", readme_table.LINEAR, ["--queries", "1", "--copies", "1", "3", "--layers", "1"]),
         ("startup", readme_table.STARTUP, ["--rounds", "1"]),
     ):
         options = ["--model", str(llama), "--dtype", "fp32", "--json", str(folder / name)]

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from fastscore.decoder.forward import OwnForward
 from fastscore.decoder.operators import choose_operators, cpu_multiplies_bf16
-from fastscore.decoder.weights import read_decoder
+from fastscore.decoder.weights import Decoder, read_decoder
 
-__all__ = ["OwnForward", "choose_operators", "cpu_multiplies_bf16", "read_decoder"]
+__all__ = ["Decoder", "OwnForward", "choose_operators", "cpu_multiplies_bf16", "read_decoder"]

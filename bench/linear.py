@@ -48,9 +48,13 @@ def write_copies(path: Path, rows: Sequence[Mapping[str, Any]], copies: int) -> 
 
 def cut_short(model: str, layers: int, folder: Path) -> str:
     """A model of the first layers alone, with everything around them: its folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve_model(model).name_or_path
+    found = resolve_model(model)
+    source = found.name_or_path
+    most = AutoConfig.from_pretrained(source).num_hidden_layers
+    if found.gguf_file or not 0 < layers <= most:
+        raise SystemExit(f"--layers is for models that are no GGUF files, and from 1 to {most} with this one")
     AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=layers).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)

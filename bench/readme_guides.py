@@ -39,8 +39,8 @@ def scale_out(folder: Path) -> str:
             f"{Path(options['model']).name} in {options['dtype']}, one thread in every process; "
             f"{machine(report['environment'])} ({link(SCALE, '../')}). Starting is a run of one row. The overhead over "
             "a plain run is what all workers' time comes to, from the first batch to the end, beyond the plain run's "
-            "tokens at the worker's own speed; that speed, as a multiple of the plain run's in the same round, says "
-            "how two processes share this machine:"
+            "tokens at the worker's own speed (tokenising, which the plain run does too, counts as overhead); that "
+            "speed, as a multiple of the plain run's in the same round, says how two processes share this machine:"
         ),
         "",
         "| | whole run, s | start, s | tokens computed | busy | overhead | speed of a worker | speed-up |",
@@ -107,10 +107,10 @@ def cache(folder: Path) -> str:
 def _row(name: str, run: Mapping[str, Any]) -> str:
     by_round = run["worker by round"]
     cells = [MEANING[name], f"{run['seconds']:.1f}", f"{run['start']:.1f}", f"{run['tokens']:,.0f}"]
+    cells += ["" if run[key] is None else f"{run[key]:.1%}" for key in ("busy", "overhead")]
     if name == "plain":
-        cells += ["", "", "1", "1"]
+        cells += ["1", "1"]
     else:
-        cells += [f"{run['busy']:.1%}", f"{run['overhead']:.1%}"]
         cells += [f"{run['worker']:.2f} ({min(by_round):.2f}-{max(by_round):.2f})", f"{run['speed-up']:.2f}"]
     return f"| {' | '.join(cells)} |"
 

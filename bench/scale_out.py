@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (folder / "one.jsonl").write_text(lines[0], "utf-8")
         (folder / "all.jsonl").write_text("".join(lines), "utf-8")
         names = ["plain", *(name for name in options.contenders if name != "plain")]
-        rounds: list[dict[str, dict[str, float]]] = []
+        rounds: list[dict[str, dict[str, float | None]]] = []
         for _ in range(options.rounds):
             rounds.append({name: measure(name, folder, options) for name in names})
             print(show(summary(rounds)), flush=True)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, {"environment": where, "options": told, **found})
 
 
-def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[str, float | None]:
     """A run of one row and one of all; what they wrote is compared with what the plain one did."""
     workers, before, after = CONTENDERS[contender]
     for size in ("one", "all"):
@@ -108,7 +108,7 @@ def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[s
     meta = json.loads(output.with_name(f"{output.name}.meta.json").read_text())
     stats, scorer = meta["stats"], meta["scorer"]
     if "engine" not in scorer:  # one process, which torchrun's only one is as well
-        in_model, busy = stats["seconds"], 1.0
+        in_model, busy = stats["seconds"], None
     else:
         in_model, busy = sum(scorer["seconds_by_worker"].values()), scorer["busy"]
         if len(scorer["seconds_by_worker"]) != workers:
@@ -123,7 +123,7 @@ def measure(contender: str, folder: Path, options: argparse.Namespace) -> dict[s
     }
 
 
-def summary(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+def summary(rounds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Of each contender its medians, and the ratios to the plain run of the same round.
 
     overhead: what a worker's time comes to beyond computing the plain run's tokens at its own speed.
@@ -137,11 +137,12 @@ def summary(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, di
             (run["tokens"] / run["in model"]) / (alone["tokens"] / alone["in model"])
             for run, alone in zip(runs, plain, strict=True)
         ]
-        kept = [run["busy"] * alone["tokens"] / run["tokens"] for run, alone in zip(runs, plain, strict=True)]
-        found[name] = {key: median(run[key] for run in runs) for key in runs[0]}
+        is_one = runs[0]["busy"] is None
+        kept = [(run["busy"] or 1.0) * alone["tokens"] / run["tokens"] for run, alone in zip(runs, plain, strict=True)]
+        found[name] = {key: None if is_one and key == "busy" else median(run[key] for run in runs) for key in runs[0]}
         found[name] |= {
             "kept": median(kept),
-            "overhead": 1 / median(kept) - 1,
+            "overhead": None if is_one else 1 / median(kept) - 1,
             "worker": median(worker),
             "worker by round": worker,
             "speed-up": median(CONTENDERS[name][0] * a * b for a, b in zip(kept, worker, strict=True)),
@@ -157,8 +158,7 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"{run['seconds']:.1f}",
             f"{run['start']:.1f}",
             f"{run['tokens']:,.0f}",
-            f"{run['busy']:.1%}",
-            f"{run['overhead']:.1%}",
+            *("" if run[key] is None else f"{run[key]:.1%}" for key in ("busy", "overhead")),
             f"{run['worker']:.2f} ({min(run['worker by round']):.2f}-{max(run['worker by round']):.2f})",
             f"{run['speed-up']:.2f}",
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ class BlockScores:
     worker: names the scorer.
     tries: how often the block was begun.
     cache_trouble: why a worker goes without a cache.
-    began, ended: seconds since the epoch; it begins with the first batch, and not with loading a model.
+    began, ended: seconds since the epoch by the worker's clock; a block begins with its first batch, and not with
+        loading a model. 0 where nothing was scored.
     """
 
     index: int
@@ -169,56 +170,3 @@ def scored_rows(block: Block, result: BlockScores) -> Iterator[ScoredRow]:
         yield replace(scored, row=block.rows[place])
     if result.error is not None:
         raise result.error
-
-
-class TotalStats:
-    """Counters of all workers together; ``seconds`` are those of the busiest, since they work side by side.
-
-    pairs: how many each worker has scored.
-    repeated: how often a block was begun again.
-    """
-
-    def __init__(self) -> None:
-        self.stats = RunStats()
-        self.pairs: dict[str, int] = {}
-        self.repeated = 0
-        self._seconds: dict[str, float] = {}
-        self._began: dict[str, float] = {}
-        self._ended = 0.0
-
-    def add(self, result: BlockScores) -> None:
-        """Count what a worker has done."""
-        seconds = self._seconds[result.worker] = self._seconds.get(result.worker, 0.0) + result.stats.seconds
-        self.pairs[result.worker] = self.pairs.get(result.worker, 0) + result.stats.pairs
-        self.repeated += result.tries - 1
-        if result.began:
-            self._began[result.worker] = min(result.began, self._began.get(result.worker, result.began))
-        self._ended = max(result.ended, self._ended)
-        busiest = max(self.stats.seconds, seconds)
-        for name, value in replace(self.stats.plus(result.stats), seconds=busiest).counters().items():
-            setattr(self.stats, name, value)
-
-    def describe(self, engine: str, workers: int) -> dict[str, Any]:
-        """For a run's metadata: what carried the blocks, and who scored how much."""
-        return {
-            "engine": engine,
-            "workers": workers,
-            "pairs_by_worker": dict(self.pairs),
-            "seconds_by_worker": {worker: round(seconds, 3) for worker, seconds in self._seconds.items()},
-            "busy": self.busy(),
-            "repeated_blocks": self.repeated,
-        }
-
-    def busy(self) -> float | None:
-        """The part of the workers' time that they spent in the model: of each worker's time from its first batch to
-        the last block's end. None before anything has been scored."""
-        time_there = sum(self._ended - began for began in self._began.values())
-        return round(sum(self._seconds.values()) / time_there, 4) if time_there > 0 else None
-
-    def with_running(self, running: Mapping[str, RunStats]) -> RunStats:
-        """The same with what each worker has done of a block that is not finished, for a progress bar."""
-        total, busiest = replace(self.stats), self.stats.seconds
-        for worker, stats in running.items():
-            busiest = max(busiest, self._seconds.get(worker, 0.0) + stats.seconds)
-            total = total.plus(stats)
-        return replace(total, seconds=busiest)

@@ -39,8 +39,8 @@ validate, and their flags.
 
     --model_args names the model, pretrained=NAME. It may hold revision, dtype, max_length, add_bos_token, \
 prefix_token_id, tokenizer, trust_remote_code, peft, chat_template_args and enable_thinking as for the harness's own \
-model hf, and device_map, attention, deterministic, max_batch_tokens, window_tokens and allow_pickle as for \
-fastscore score. --batch_size has no meaning. Tasks that generate text (generate_until) are refused.
+model hf, and device_map, attention, deterministic, max_batch_tokens, window_tokens, cache and \
+allow_pickle as for fastscore score. --batch_size has no meaning. Tasks that generate text (generate_until) are refused.
     """
     if not context.args or context.args[0] in ("--help", "-h"):
         typer.echo(context.get_help())

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows
+from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows
 from fastscore.blocks import cut_blocks
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.rank_follower import BAD_INPUT, FAILED, follow, on_own_device, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
 from fastscore.run_stats import RunStats
+from fastscore.total_stats import TotalStats
 from fastscore.types import InputError, Row, ScoredRow
 from fastscore.windows import OnBadRow
 
@@ -210,7 +211,7 @@ class ManyRanks:
         self._lead = lead
         self._config = config
         self._own = own
-        self._total = TotalStats()
+        self._total = TotalStats(lead.world_size)
         self.stats = self._total.stats
 
     def cache_at(self, place: CacheAt | None) -> Any:
@@ -219,7 +220,7 @@ class ManyRanks:
 
     def describe(self) -> dict[str, Any]:
         """Of rank 0, and how many there are."""
-        return {**self._own.describe(), **self._total.describe("torchrun", self._lead.world_size)}
+        return {**self._own.describe(), **self._total.describe("torchrun")}
 
     def stream_rows(
         self,
@@ -264,6 +265,7 @@ class ManyRanks:
                     tell()
                     with lead.changed:
                         if dealt.is_done:
+                            self._total.end_job()
                             return
                         mine = dealt.claim()
                         if mine is None and not dealt.is_done:

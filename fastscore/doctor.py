@@ -33,6 +33,8 @@ OPTIONAL = (
     Optional("lm-eval", "fastscore lm-eval", "pip install 'fastscore[lm-eval]'"),
     Optional("vl-convert-python", "fastscore report", "pip install 'fastscore[report]'"),
     Optional("pyarrow", "Parquet and Arrow files", "pip install 'fastscore[tables]'"),
+    Optional("ray", "--engine ray", "pip install 'fastscore[ray]'"),
+    Optional("torchao", "--quantize", "pip install 'fastscore[quantize]'"),
     Optional("datasets", "process_lm_scoring in datasets.map", "pip install 'fastscore[datasets]'"),
 )
 

@@ -49,6 +49,7 @@ def choose_forward(
             own = _own_forward(decoder, model.device, config, provider)
             if not (reason := check.forward(own.forward)):  # and so is the provider's attention, in the same pass
                 return own
+            del own  # it may hold the weights once more
         if not (wrong := check.provider(provider.load())):
             break
         if config.attention != "auto":

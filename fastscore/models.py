@@ -18,7 +18,7 @@ from fastscore.forwards import choose_forward
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
-from fastscore.packed_forward import ATTENTION_NAME, own_attention, seq2seq_hidden
+from fastscore.packed_forward import ATTENTION_NAME, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
 from fastscore.quantize import quantize_linears
 from fastscore.self_check import SelfCheck, probe_requests
@@ -148,11 +148,11 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         check = SelfCheck(model, device)
         if reason := check.causal():
             raise InputError(reason)
+        _check_head(model, head, check)
         reason, needs = check.packed()
         mode = "padded" if reason else "packed"
         if not reason:
             chosen = choose_forward(model, config, needs, check)
-        _check_head(model, head, check)
     if config.deterministic and mode != "packed":
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
     if chosen is None and config.own_forward_option:
@@ -256,8 +256,7 @@ def _check_head(model: PreTrainedModel, head: LMHead, check: SelfCheck) -> None:
     """A few tokens through the whole model and through body and head: the logits must agree."""
     request = probe_requests(head.vocab_size)[0]
     ids_1L = torch.tensor([request.token_ids[:-1]], device=model.device)
-    with own_attention(model):
-        logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
+    logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
     check_lm_head(head, check.alone(request), logits_LV)
 
 

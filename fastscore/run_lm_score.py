@@ -92,6 +92,7 @@ def _scorer_config(args: argparse.Namespace) -> ScorerConfig:
             allow_pickle=args.allow_pickle,
             cache_dir=args.model_cache_dir,
             device_map=args.lm_device_map,
+            overflow=args.overflow,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -172,6 +173,12 @@ def _parser() -> _Parser:
     add("model_cache_dir", "where models from the hub are kept", metavar="FOLDER")
     add("trust_remote_code", "run Python code that comes with the model (fastscore's own)", default=False, **boolean)
     add("allow_pickle", "load weights that are pickles, .bin (fastscore's own)", default=False, **boolean)
+    add(
+        "overflow",
+        "what a prompt longer than the model's context does: error, or truncate-left (fastscore's own)",
+        default="error",
+        metavar="HOW",
+    )
     add("cache", "keep scores here (fastscore's own; default: beside the output)", metavar="FILE")
     add("no_cache", "keep no scores (fastscore's own)", default=False, **boolean)
     for name in WITHOUT_MEANING:

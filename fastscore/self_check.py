@@ -8,17 +8,18 @@ import torch
 from transformers import PreTrainedModel
 
 from fastscore.attention import PROVIDERS, Attend, AttentionNeeds
-from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, own_attention, padded_hidden
+from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, padded_hidden
 from fastscore.packing import cut_pack
 from fastscore.padding import padded_batch, slot_offsets
 from fastscore.prefix_tree import build_prefix_tree
 from fastscore.quantize import is_quantized
 from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest, dtype_name
 
-PROBE_LENGTHS = (14, 9)
+PROBE_LENGTHS = (14, 8)
 SHARED_LENGTH = 6
-SHARED_PACK = 11
-"""Tokens of a pack where prefixes are shared: the probes make three, so that keys are carried on twice."""
+SHARED_PACK = 10
+"""Tokens of a pack where prefixes are shared: the probes make three, and the last needs keys of the first, which the
+one between has to carry on."""
 VARLEN_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types that varlen attention computes. Others (chunked, sparse, compressed) may differ only beyond a length that
 no probe reaches."""
@@ -124,11 +125,10 @@ class SelfCheck:
 
     @torch.inference_mode()
     def alone(self, request: ScoringRequest) -> torch.Tensor:
-        """Hidden states of a request's input tokens, in the model's own attention."""
+        """Hidden states of a request's input tokens, in the model's own attention: not after :meth:`packed`."""
         if request not in self._alone:
             batch = padded_batch([request], [0], slot_offsets([request])).to(self._device)
-            with own_attention(self._model):
-                self._alone[request] = padded_hidden(self._model, batch)
+            self._alone[request] = padded_hidden(self._model, batch)
         return self._alone[request]
 
     def _differences(self, attend: Attend) -> str:

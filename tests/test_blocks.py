@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows, sendable
+from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows, sendable
 from fastscore.blocks import CHARS_PER_TOKEN, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.run_stats import RunStats
+from fastscore.total_stats import TotalStats
 from fastscore.types import InputError, Row, ScoredRow
 
 CHOICES = TaskConfig("choices")
@@ -120,7 +121,7 @@ def test_dealt_blocks_come_back_in_order_and_only_so_many_are_open() -> None:
 
 
 def test_totals_are_sums_and_the_seconds_of_the_busiest() -> None:
-    total = TotalStats()
+    total = TotalStats(2)
     stats = total.stats
     for part in (result(0, "a", pairs=2, seconds=3.0), result(1, "b", pairs=5, seconds=4.0), result(2, "a", seconds=2)):
         total.add(part)
@@ -132,16 +133,24 @@ def test_totals_are_sums_and_the_seconds_of_the_busiest() -> None:
     assert (stats.pairs, stats.seconds) == (7, 5.0)
 
 
-def test_workers_are_busy_from_their_first_batch_to_the_end_of_the_last_block() -> None:
-    total = TotalStats()
+def test_workers_are_busy_from_their_first_batch_to_the_end_of_the_job() -> None:
+    total = TotalStats(2)
     assert total.busy() is None
     total.add(replace(result(0, "a", seconds=4.0), began=100.0, ended=105.0))
     total.add(replace(result(1, "b", seconds=3.0), began=102.0, ended=106.0))
-    total.add(replace(result(2, "a", seconds=5.0), began=105.5, ended=110.0))
+    total.add(replace(result(2, "a", seconds=4.5), began=105.5, ended=110.0))
     total.add(result(3, "b"))  # nothing was scored of it
-    assert total.busy() == pytest.approx((4 + 3 + 5) / (10 + 8), abs=1e-4)
-    about = total.describe("ray", 2)
-    assert (about["busy"], about["seconds_by_worker"]) == (total.busy(), {"a": 9.0, "b": 3.0})
+    total.end_job()
+    assert total.busy() == pytest.approx((8.5 + 3) / (10 + 8), abs=1e-4)
+    # Another file, much later, with other workers, one of which dies after its first block.
+    total.add(replace(result(0, "c", seconds=2.0), began=500.0, ended=503.0))
+    total.add(replace(result(1, "d", seconds=9.0), began=500.0, ended=510.0))
+    total.add(replace(result(2, "e", seconds=5.0), began=504.0, ended=509.5))
+    total.end_job()
+    assert total.busy() == pytest.approx((11.5 + 2 + 9 + 5) / (18 + 3 + 10 + 6), abs=1e-4)
+    about = total.describe("ray")
+    assert about["busy"] == total.busy()
+    assert about["seconds_by_worker"] == {"a": 8.5, "b": 3.0, "c": 2.0, "d": 9.0, "e": 5.0}
 
 
 class Scorer:

@@ -15,9 +15,14 @@ from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from truth import alone, alone_in, plain_model
 
-from fastscore import Scorer, models
+from fastscore import Scorer, models, self_check
+from fastscore.attention import PROVIDERS
+from fastscore.config import ScorerConfig
 from fastscore.models import native_bf16
-from fastscore.types import InputError
+from fastscore.packed_forward import ModelForward
+from fastscore.packing import cut_pack
+from fastscore.prefix_tree import build_prefix_tree
+from fastscore.types import CarriedKeys, InputError, PackedBatch
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -271,3 +276,52 @@ def test_encoder_decoder_that_does_not_say_how_answers_begin(tmp_path: Path) -> 
     folder = make_tiny_model(tmp_path, "t5", decoder_start_token_id=None)
     with pytest.raises(InputError, match="decoder_start_token_id"):
         Scorer(str(folder)).load()
+
+
+def test_the_probes_have_keys_carried_on_through_a_whole_pack() -> None:
+    """Only then does the self-check see a forward pass that carries nothing on but what is its own."""
+    first, second, third, _ = self_check.probe_requests(VOCAB_SIZE)
+    tree = build_prefix_tree([first, second, third])
+    size = self_check.SHARED_PACK
+    cuts = [(start, min(size, tree.num_tokens - start)) for start in range(0, tree.num_tokens, size)]
+    packs = [cut_pack(tree, start, length) for start, length in cuts]
+    assert len(packs) == 3
+    assert bool((packs[1].carry_rows < packs[1].num_carried).any())
+    assert packs[2].num_carried == len(packs[1].carry_rows)
+
+
+def test_a_forward_pass_that_forgets_carried_keys_is_found_out(llama: Path) -> None:
+    model = plain_model(llama)
+    check = self_check.SelfCheck(model, model.device)
+    assert check.packed()[0] == ""
+    right = ModelForward(model, PROVIDERS["reference"].load())
+    assert check.forward(right) == ""
+
+    def forgets(pack: PackedBatch, carried: CarriedKeys, rows: torch.Tensor | None) -> tuple[Any, CarriedKeys]:
+        hidden, carry = right(pack, carried, rows)
+        old = pack.carry_rows < pack.num_carried
+        for keys, values in carry:
+            keys[old], values[old] = 0.0, 0.0
+        return hidden, carry
+
+    assert check.forward(forgets).startswith("it is wrong")
+
+
+def test_the_head_is_compared_in_the_models_own_attention(tmp_path: Path) -> None:
+    """Not states of one attention with logits of another, where the two differ."""
+    model = plain_model(make_tiny_model(tmp_path / "gemma2", "gemma2", attn_logit_softcapping=0.01))
+    attention: list[str] = []
+    model.model.layers[0].self_attn.register_forward_hook(
+        lambda module, *_: attention.append(module.config._attn_implementation)
+    )
+    seen: list[int] = []
+    find = models.check_lm_head
+
+    def note(*arguments: Any) -> None:
+        seen.append(len(attention))
+        find(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "check_lm_head", note)
+        models.prepare_model(model, ScorerConfig("gemma2", dtype="fp32"))
+    assert set(attention[: seen[0]]) == {"eager"}

@@ -71,6 +71,7 @@ ROOMS: dict[str, Room] = {
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "cache_file": room(1, "types"),
     "block_scores": room(1, "types run_stats config blocks cache_file"),
+    "total_stats": room(1, "run_stats block_scores"),
     "cache": room(1, "types ranges fingerprint garbage cache_blocks cache_file", frozenset({"numpy"})),
     "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(

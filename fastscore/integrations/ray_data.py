@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import fastscore
-from fastscore.block_scores import BlockScores, Dealt, Job, TotalStats, hand_on_bad, score_block, scored_rows, sendable
+from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows, sendable
 from fastscore.blocks import Block, cut_blocks
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.run_stats import RunStats
+from fastscore.total_stats import TotalStats
 from fastscore.types import InputError, Row, ScoredRow
 from fastscore.windows import OnBadRow
 
@@ -151,7 +152,7 @@ class RayScorer:
     def __init__(self, config: ScorerConfig, pool: Pool) -> None:
         self.config = config
         self._pool = pool
-        self._total = TotalStats()
+        self._total = TotalStats(pool.workers)
         self._description: dict[str, Any] = {}
         self.stats = self._total.stats
 
@@ -161,8 +162,7 @@ class RayScorer:
 
     def describe(self) -> dict[str, Any]:
         """Of a worker, and how many there are."""
-        pool = self._total.describe("ray", self._pool.workers)
-        return {**self._description, **pool, "gpus_per_worker": self._pool.gpus}
+        return {**self._description, **self._total.describe("ray"), "gpus_per_worker": self._pool.gpus}
 
     def stream_rows(
         self,
@@ -194,6 +194,7 @@ class RayScorer:
                     if on_progress is not None:
                         on_progress(replace(self.stats))
         shelf.check()
+        self._total.end_job()
 
     def _results(self, shelf: Shelf, job: Job, cache: ClusterCache) -> Generator[None, None, None]:
         """Each time a block is back on the shelf."""

@@ -5,6 +5,7 @@ Peers in packages of their own are in ``peer_lm_eval.py`` and ``peer_vllm.py``.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class FastScore(Contender):
         return Computed(tokens, tokens / budget)
 
     def settings(self) -> dict[str, Any]:
-        return {key: value for key, value in self.scorer.describe().items() if key != "model_path"}
+        told = {key: value for key, value in self.scorer.describe().items() if key != "model_path"}
+        # No folder of this machine: a model in memory is called by where it was loaded from.
+        return {**told, "model": os.path.basename(told["model"]) if os.path.isabs(told["model"]) else told["model"]}
 
     def without_tree(self) -> FastScore:
         """A second contender around the same weights that computes every request by itself."""

@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fed = feed(folder, lines, options.task)
     print(f"one process feeds workers with {fed:,.0f} pairs/s")
     if options.json is not None:
-        told = {name: str(value) for name, value in vars(options).items()}
+        kept = ("task", "model", "dtype", "queries", "rounds", "deterministic")
+        told = {"data": options.data.name, **{name: str(getattr(options, name)) for name in kept}}
         found = {"results": summary(rounds), "rounds": rounds, "fed pairs/s": fed}
         write_json(options.json, {"environment": where, "options": told, **found})
 

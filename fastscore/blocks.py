@@ -19,6 +19,8 @@ MAX_BLOCK_TOKENS = 1_000_000
 """Large enough that what neighbouring blocks both compute is nothing; small enough to be done again."""
 MIN_BLOCK_TOKENS = 4_000
 """A smaller one would not fill a pack."""
+MAX_DEPTH = 200
+"""Brackets within brackets; pickle, which sends rows, takes a few hundred."""
 _LATEST_CUT, _EARLIEST_CUT = 1.0, 0.75
 """A block ends between these parts of its size, where its rows share least with those that follow."""
 
@@ -35,8 +37,9 @@ def cut_blocks(rows: Iterable[Row], config: TaskConfig, workers: int, max_tokens
     """The rows in blocks: large ones first, and towards the end smaller ones, so that all workers end together.
 
     A block is a ``2 * workers``-th of what is known to be left (guided self-scheduling, Polychronopoulos and Kuck,
-    1987), at least :data:`MIN_BLOCK_TOKENS` and at most :data:`MAX_BLOCK_TOKENS` or ``max_tokens`` by a guess from the
-    length of its texts; that many rows are read ahead. It ends where rows share little with those after them.
+    1987; one worker has nobody to end together with, and takes all of it), at least :data:`MIN_BLOCK_TOKENS` and at
+    most :data:`MAX_BLOCK_TOKENS` or ``max_tokens`` by a guess from the length of its texts; that many rows are read
+    ahead. It ends where rows share little with those after them.
     """
     most = min(max_tokens, MAX_BLOCK_TOKENS) * CHARS_PER_TOKEN
     least = min(most, MIN_BLOCK_TOKENS * CHARS_PER_TOKEN)
@@ -45,32 +48,40 @@ def cut_blocks(rows: Iterable[Row], config: TaskConfig, workers: int, max_tokens
     while True:
         while total < 2 * workers * most and (row := next(source, None)) is not None:
             ahead.append(row)
-            sizes.append(text_size(row.data))
+            sizes.append(text_size(row))
             total += sizes[-1]
         if not ahead:
             return
-        count = _rows_of_block(ahead, sizes, max(least, min(most, total // (2 * workers))), config)
+        parts = 2 * workers if workers > 1 else 1
+        count = _rows_of_block(ahead, sizes, max(least, min(most, total // parts)), config)
         total -= sum(sizes.popleft() for _ in range(count))
         yield Block(index, [ahead.popleft() for _ in range(count)])
         index += 1
 
 
-def text_size(value: object) -> int:
-    """Characters of all texts in it. A token id counts as a token's worth of them."""
-    size, stack = 0, [value]
-    while stack:
-        match stack.pop():
-            case str() as text:
-                size += len(text)
-            case dict() as mapping:
-                stack.extend(mapping.values())
-            case list() as items:
-                if items and isinstance(items[0], int):
-                    size += CHARS_PER_TOKEN * len(items)
+def text_size(row: Row) -> int:
+    """Characters of all texts in it. A token id counts as a token's worth of them.
+
+    Raises:
+        InputError: it is nested too deep to be sent to another process.
+    """
+    size, depth = 0, 0
+    level: list[object] = [row.data]
+    while level:
+        inner: list[object] = []
+        for value in level:
+            if isinstance(value, str):
+                size += len(value)
+            elif isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list):
+                if value and isinstance(value[0], int):
+                    size += CHARS_PER_TOKEN * len(value)
                 else:
-                    stack.extend(items)
-            case _:
-                pass
+                    inner.extend(value)
+        if inner and depth == MAX_DEPTH:
+            raise row.error(f"nested more than {MAX_DEPTH} deep: it can't be sent to another process")
+        level, depth = inner, depth + 1
     return size
 
 
@@ -102,7 +113,7 @@ def _prompts(row: Row, config: TaskConfig) -> list[Any]:
     try:
         if make_task(config, row).name == "preference":
             return []
-        pairs = expand_row(row, replace(config, chat_template=False), lambda keys: keys).pairs
+        pairs = expand_row(row, replace(config, chat_template=False, system_prompt=None), lambda keys: keys).pairs
     except InputError:
         return []
     return sorted({pair.prompt for pair in pairs})  # type: ignore[type-var]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from fastscore.mounts import network_file_system
 from fastscore.types import InputError
 
 logger = logging.getLogger("fastscore")
@@ -61,10 +61,10 @@ _MADE_BY_SQLITE = {
     ("index", "sqlite_autoindex_models_1", None),
     ("table", "sqlite_sequence", "CREATE TABLE sqlite_sequence(name,seq)"),
 }
-_NETWORK = {
-    *("9p", "afs", "afpfs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2"),
-    *("smb3", "smbfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
-}
+
+
+class _Empty(InputError):
+    """A database without anything in it, as a run leaves that is killed while it makes a cache."""
 
 
 class DamagedCache(Exception):
@@ -119,7 +119,7 @@ def check_cache(path: Path) -> None:
         if not os.access(path.parent, os.W_OK):
             raise InputError("cannot be written: no right to, or on a read-only disk", path=str(path))
     elif path.stat().st_size:
-        with suppress(DamagedCache):  # it is set aside when its turn comes
+        with suppress(DamagedCache, _Empty):  # it is set aside, or made, when its turn comes
             _open_sound(path, create=False).close()
 
 
@@ -166,7 +166,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
         raise _not_usable(path, path.name.endswith(SUFFIX), str(error)) from error
     is_empty = not application and not version and not schema
     if is_empty and not create:
-        raise InputError("is empty", path=str(path))
+        raise _Empty("is empty", path=str(path))
     if not is_empty:
         is_ours = application == APPLICATION_ID or path.name.endswith(SUFFIX)
         if application != APPLICATION_ID:
@@ -329,21 +329,3 @@ def _check_place(path: Path) -> None:
         raise InputError("cannot be written: it is not a regular file", path=str(path))
     if not os.access(path, os.W_OK):
         raise InputError("cannot be written: it is read-only", path=str(path))
-
-
-def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The kind of network file system that a path lies on, or None; also where the system does not tell."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    found, kind = "", None
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        if len(fields) < 5 or not right:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])  # a space is written \\040
-        if len(point) >= len(found) and path.is_relative_to(point):
-            found, kind = point, right.split()[0]
-    return kind if kind in _NETWORK else None

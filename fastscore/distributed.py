@@ -159,6 +159,8 @@ class Lead:
                 f"rank {channel.peer} is gone before the run has ended: it was killed, or its machine is"
             )
             self._fail(lost, error)
+        except Exception as error:  # noqa: BLE001 - the thread that writes raises it; nobody else would notice
+            self._fail(error)
 
     def _take(self, result: BlockScores) -> None:
         with self.changed:

@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def content_identity(path: str | Path, memo: Path | None = None) -> str:
+def content_identity(path: str | Path, memo: Path | None = None, of_base: Callable[[str], str] | None = None) -> str:
     """What is in a model's or an adapter's folder, or in a ``.gguf`` file: a hub commit, or a SHA-256 of the files
     that a score depends on.
 
@@ -91,7 +93,8 @@ def content_identity(path: str | Path, memo: Path | None = None) -> str:
     read whole, at about a gigabyte a second and core, once: ``memo``, a JSON file, remembers digests by device,
     inode, size and both times (of the content's last change, and of the inode's, which no program can set back).
     Names, sizes and modification times alone are not enough: copies keep them, and so do weights that are written
-    again in the same shape.
+    again in the same shape. ``of_base`` says the same of the model that an adapter beside a model names; without it
+    that is read where it is a folder, and its name stands in otherwise.
 
     Raises:
         InputError: it is not there or cannot be read.
@@ -100,24 +103,41 @@ def content_identity(path: str | Path, memo: Path | None = None) -> str:
     try:
         if path.is_file():
             return f"sha256:{_Digests(memo).of([path])[0]}"
-        files = _files(path)
-        if commit := _hub_commit(path, files):
+        files, base = _files(path), _adapter_base(path)
+        commit = _hub_commit(path, files)
+        if commit is not None and base is None:
             return commit
-        digests = _Digests(memo).of(files)
-        lines = [f"{digest} {file.relative_to(path).as_posix()}" for file, digest in zip(files, digests, strict=True)]
-        if base := _adapter_base(path):
-            lines.append(f"{content_identity(base, memo) if Path(base).exists() else base} base")
+        if commit is not None:
+            lines = [commit]
+        else:
+            named = zip(files, _Digests(memo).of(files), strict=True)
+            lines = [f"{digest} {file.relative_to(path).as_posix()}" for file, digest in named]
+        if base is not None:
+            if of_base is None:
+                of_base = (lambda name: content_identity(name, memo, str)) if Path(base).exists() else str
+            lines.append(f"{of_base(base)} base")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=str(error.filename or path)) from error
     together = "\n".join(lines).encode()
     return f"sha256:{sha256(together).hexdigest()}"
 
 
+def file_marks(path: str | Path) -> dict[str, list[int]]:
+    """By name, what tells without reading it whether a file has changed: those that :func:`content_identity` reads.
+    Empty where there are none."""
+    path = Path(path)
+    try:
+        return {str(file): _mark(file) for file in ([path] if path.is_file() else _files(path))}
+    except (OSError, InputError):  # reading them says what is wrong
+        return {}
+
+
 def _files(folder: Path) -> list[Path]:
     """The files of a folder that a score depends on, and others rather than too few."""
     top = [path for path in sorted(folder.iterdir()) if path.is_file()]
     weights = [path for path in top if path.suffix in _WEIGHTS]
-    if any(path.name in ("model.safetensors", "model.safetensors.index.json") for path in top):
+    names_its_own = _text_in(folder / "config.json", "transformers_weights") is not None
+    if not names_its_own and any(path.name in ("model.safetensors", "model.safetensors.index.json") for path in top):
         weights = [path for path in weights if path.suffix == ".safetensors"]  # the others are not loaded
     if not weights:
         raise InputError("no weights in this folder", path=str(folder))
@@ -138,14 +158,18 @@ def _hub_commit(folder: Path, files: Iterable[Path]) -> str | None:
 
 def _adapter_base(folder: Path) -> str | None:
     """transformers loads a folder that holds an adapter on top of the model that the adapter names."""
-    config, adapter = folder / "config.json", folder / "adapter_config.json"
-    if not (config.is_file() and adapter.is_file()):
+    if not (folder / "config.json").is_file():
         return None
+    return _text_in(folder / "adapter_config.json", "base_model_name_or_path")
+
+
+def _text_in(config: Path, key: str) -> str | None:
+    """What a JSON file says under that key, if it is a text."""
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):  # loading it says what is wrong
+        value = json.loads(config.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):  # loading it says what is wrong
         return None
-    return base if isinstance(base, str) and base else None
+    return value if isinstance(value, str) and value else None
 
 
 class _Digests:
@@ -167,8 +191,13 @@ class _Digests:
         if size >= _WORTH_A_LINE:
             logger.info("reading %.1f GB of weights once, to know them again by their content", size / 1e9)
         started = time.time()
+        stopped = threading.Event()
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing runs outside Python's lock
-            digests = dict(zip(unknown, pool.map(_sha256, unknown), strict=True))
+            try:
+                digests = dict(zip(unknown, pool.map(partial(_sha256, stopped=stopped), unknown), strict=True))
+            except BaseException:  # a signal: the pool would wait for whole files
+                stopped.set()
+                raise
         found = {name: digests.get(name) or self._recall(name, mark) for name, mark in marks.items()}
         settled = [n for n in unknown if max(marks[n][3:]) / 1e9 < started - _SETTLED_SECONDS and _mark(n) == marks[n]]
         if settled:
@@ -199,10 +228,11 @@ def _mark(file: str | Path) -> list[int]:
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _sha256(file: str) -> str:
+def _sha256(file: str, stopped: threading.Event) -> str:
+    """Of the whole file, unless it is stopped."""
     digest = sha256()
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(file, "rb", buffering=0) as source:
-        while size := source.readinto(buffer):
+        while not stopped.is_set() and (size := source.readinto(buffer)):
             digest.update(buffer[:size])
     return digest.hexdigest()

@@ -4,6 +4,7 @@ files by their content, and all that computes a score from them."""
 from __future__ import annotations
 
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastscore_kernels.answer_nll import answer_nll_path
 from huggingface_hub import try_to_load_from_cache
 
 from fastscore.config import ScorerConfig
-from fastscore.fingerprint import ScoreIdentity, content_identity
+from fastscore.fingerprint import ScoreIdentity, content_identity, file_marks
 from fastscore.language_model import DETERMINISTIC_TOKENS, LanguageModel
 from fastscore.model_source import ModelSource, cache_folder
 from fastscore.packed_forward import ModelForward
@@ -48,18 +49,19 @@ def describe_run(model: LanguageModel, config: ScorerConfig, model_path: str, co
 
 
 def score_identity(
-    model: LanguageModel, config: ScorerConfig, source: ModelSource, commit: str | None
+    model: LanguageModel, config: ScorerConfig, source: ModelSource, commit: str | None, files: dict[str, list[int]]
 ) -> ScoreIdentity:
     """The identity of a model that was loaded with this config from there; ``commit`` is the hub's, where it has one.
+    ``files`` were its :func:`local_files` before it was loaded.
 
     Reads the files of the model and the adapter, unless they are remembered from before or a snapshot of the hub's.
 
     Raises:
-        InputError: they can't be found or read.
+        InputError: they can't be found or read, or are not those that were loaded.
     """
     own = model.forward is not None and not isinstance(model.forward, ModelForward)
     adapter = config.adapter
-    return ScoreIdentity(
+    identity = ScoreIdentity(
         model=config.model,
         weights=_content(source.path, "config.json", config.cache_dir, commit or config.revision),
         adapter=adapter,
@@ -78,21 +80,36 @@ def score_identity(
         transformers=transformers.__version__,
         machine=_machine(model) if model.deterministic else None,
     )
+    if local_files(config, source) != files:  # after they were read: whichever was there first, it is not both
+        raise InputError(f"the files of {config.model} have changed since they were loaded")
+    return identity
 
 
 def _attention(model: LanguageModel) -> str:
     return model.provider.name if model.provider is not None else "model's own"
 
 
-def _content(name: str, file: str, cache_dir: str | None = None, revision: str | None = None) -> str:
-    """The content of a folder or a file; of a hub id, that of the snapshot which holds ``file``."""
+def _content(
+    name: str, file: str, cache_dir: str | None = None, revision: str | None = None, is_base: bool = False
+) -> str:
+    """The content of a folder or a file; of a hub id, that of the snapshot which holds ``file``.
+
+    is_base: another model names it as its base, as transformers follows such names: once.
+    """
     memo = cache_folder() / "fingerprints.json"
-    if Path(name).exists():
-        return content_identity(name, memo)
+    of_base = str if is_base else partial(_content, file="config.json", cache_dir=cache_dir, is_base=True)
+    if (path := Path(name).expanduser()).exists():
+        return content_identity(path, memo, of_base)
     found = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
     if not isinstance(found, str):
         raise InputError(f"what is in {name} is unknown: the hub's cache has no {file} of it")
-    return content_identity(Path(found).parent, memo)
+    return content_identity(Path(found).parent, memo, of_base)
+
+
+def local_files(config: ScorerConfig, source: ModelSource) -> dict[str, list[int]]:
+    """The files of a model and an adapter that are no hub ids, as they are now (:func:`file_marks`)."""
+    places = [Path(name).expanduser() for name in (source.path, config.adapter) if name is not None]
+    return {name: mark for place in places for name, mark in file_marks(place).items()}
 
 
 def _machine(model: LanguageModel) -> dict[str, str | int]:

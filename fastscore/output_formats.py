@@ -205,6 +205,12 @@ class _Pairs(OutputFormat):
             "is_greedy": "bool",
         }
 
+    def check(self, row: Row, config: TaskConfig) -> None:
+        try:
+            str(row.path).encode()
+        except UnicodeEncodeError as error:
+            raise row.error("each pair is written with the name of its file, and this one is no UTF-8") from error
+
     def kept(self, row: Row, config: TaskConfig) -> dict[str, Any]:
         return {"query_id": row.data["query_id"]} if "query_id" in row.data else {}
 

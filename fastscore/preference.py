@@ -19,6 +19,12 @@ from fastscore.types import InputError, Pair, Row
 
 OUTPUTS = ("ref_chosen_logps", "ref_rejected_logps")
 """What the sums are called: columns of TRL's."""
+NOT_FROM_ROWS = {
+    *("chat_template", "conversation", "messages", "tools", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Arguments of ``apply_chat_template`` that are not the template's own: a row is data, and brings no program."""
 _EITHER = "a string or a list of messages"
 
 
@@ -83,6 +89,9 @@ def _template_options(row: Row) -> dict[str, Any]:
         raise mistyped(row, "tools", "a list", tools)
     if options is not None and not isinstance(options, dict):
         raise mistyped(row, "chat_template_kwargs", "an object", options)
+    if taken := sorted(NOT_FROM_ROWS.intersection(options or {})):
+        message = f"{taken[0]!r} is no variable of a chat template, and not for a row to say"
+        raise row.error(message, "chat_template_kwargs")
     return {"tools": tools, **(options or {})}
 
 

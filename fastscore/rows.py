@@ -217,11 +217,16 @@ class WholeFile:
 
 
 class RowWriter(WholeFile):
-    """A whole file of JSON Lines. ``default`` stands in for values that JSON can't hold; without it they raise."""
+    """A whole file of JSON Lines. ``default`` stands in for values that JSON can't hold; without it they raise.
 
-    def __init__(self, path: str | Path, default: Callable[[Any], Any] | None = None) -> None:
+    escapes: bytes of a file's name that are no UTF-8, and other lone surrogates, are written as JSON's ``\\udce9``;
+        without it they raise.
+    """
+
+    def __init__(self, path: str | Path, default: Callable[[Any], Any] | None = None, escapes: bool = False) -> None:
         super().__init__(path)
         self._encode = json.JSONEncoder(ensure_ascii=False, default=default).encode
+        self._errors = "backslashreplace" if escapes else "strict"
 
     def write(self, data: Mapping[str, Any]) -> None:
         """Add one row.
@@ -230,7 +235,7 @@ class RowWriter(WholeFile):
             InputError: a text that UTF-8 can't hold, or a value that JSON can't.
         """
         try:
-            line = self._encode(dict(data)).encode("utf-8")
+            line = self._encode(dict(data)).encode("utf-8", self._errors)
         except UnicodeEncodeError:
             try:
                 _check_encodable(data)

@@ -178,7 +178,7 @@ def run_files(
             "positive_best": tally.positive_best,
             "stats": tally.stats.counters(),
         }
-        with RowWriter(job.meta) as out:
+        with RowWriter(job.meta, escapes=True) as out:
             out.write(meta)
         for name in ("rows", "skipped", "ranked_rows", "positive_best", "caches"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
@@ -238,7 +238,8 @@ def _run_job(
     before = replace(scorer.stats)
     tally = Tally()
     cache = scorer.cache_at(job.cache)
-    with closing(cache), output.writer() as out, BadRows(job.errors) as bad, _resumable(cache):
+    # The bad rows' file appears after the output: where that can't be finished, neither is new.
+    with closing(cache), BadRows(job.errors) as bad, output.writer() as out, _resumable(cache):
         rows = chain.from_iterable(read_rows(path, bad.add_text if skip_bad_rows else None) for path in job.inputs)
         on_bad_row = bad.add_row if skip_bad_rows else None
         writable = _writable_rows(rows, task_config, output, bad) if skip_bad_rows else rows
@@ -301,7 +302,8 @@ class BadRows:
 
     def _add(self, error: InputError, row: Any) -> None:
         if self._writer is None:
-            self._writer = RowWriter(self.path, default=str).__enter__()  # a table's row may hold what JSON can't
+            # A bad row may hold what JSON or UTF-8 can't.
+            self._writer = RowWriter(self.path, default=str, escapes=True).__enter__()
         self.count += 1
         place = {"path": error.path, "line": error.line, "field": error.field}
         self._writer.write({**place, "error": error.message, "row": row})

@@ -30,7 +30,7 @@ from fastscore.config import (
 )
 from fastscore.fingerprint import ScoreIdentity
 from fastscore.garbage import collection_paused
-from fastscore.identity import describe_run, score_identity
+from fastscore.identity import describe_run, local_files, score_identity
 from fastscore.kept_scores import RunCache, Work, make_work
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
@@ -128,8 +128,7 @@ class Scorer:
     @classmethod
     def from_config(cls, config: ScorerConfig, cache: str | Path | None = None) -> Scorer:
         """A scorer from a frozen ``config``, with ``cache`` as for the class; raises as the class does."""
-        options = {name: getattr(config, name) for name in ScorerConfig.__slots__}
-        return cls(**options, cache=cache)
+        return cls(**{name: getattr(config, name) for name in ScorerConfig.__slots__}, cache=cache)
 
     @classmethod
     def from_model(
@@ -182,6 +181,7 @@ class Scorer:
     @cached_property
     def _model(self) -> LanguageModel:
         assert self._source is not None, "a model in memory is loaded"
+        self._files = local_files(self.config, self._source)
         return load_model(self._source, self.config, self.hf_config)
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
@@ -308,12 +308,12 @@ class Scorer:
         """What scores of this scorer are known by in a cache. Loads the model, and reads its files once.
 
         Raises:
-            InputError: the model's files can't be found or read.
+            InputError: the model's files can't be found or read, or are not those that were loaded.
         """
         if self._source is None:
             raise InputError("what is in a model in memory is unknown: its scores can't be kept in a cache")
         if self._identity is None:
-            self._identity = score_identity(self._model, self.config, self._source, self._commit)
+            self._identity = score_identity(self._model, self.config, self._source, self._commit, self._files)
         return self._identity
 
     def check_task(self, config: TaskConfig) -> None:

@@ -19,6 +19,8 @@ MISFITS = (ValueError, TypeError, ArithmeticError, NotImplementedError)
 """What Arrow raises for values of several types; its own errors are of these classes too."""
 _FEATURES = b"huggingface"
 """Where ``datasets`` keeps its own types of the columns."""
+_MOST_EXACT = 2**53
+"""Larger whole numbers are not all there in a column of floating-point numbers, and Arrow refuses to write them."""
 
 
 class TableColumns:
@@ -33,6 +35,7 @@ class TableColumns:
         self._types: dict[str, pa.Field] = {}
         self._metadata: dict[bytes, bytes] = {}
         self._waiting: list[tuple[Row, Mapping[str, Any]]] = []
+        self._inexact: dict[str, Row] = {}
         self._table = ""
         self._table_fields: dict[str, pa.Field] = {}
 
@@ -93,6 +96,25 @@ class TableColumns:
                         )
                     except MISFITS as error:
                         raise self._misfit(row, name, value, "the rows before", error) from error
+        self._check_exact(rows)
+
+    def _check_exact(self, rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> None:
+        """Whole numbers and others go together only while the whole ones are small enough."""
+        import pyarrow as pa
+
+        for name, field in self._types.items():
+            if not (pa.types.is_integer(field.type) or pa.types.is_floating(field.type)):
+                continue
+            for row, kept in rows:
+                value = kept.get(name)
+                if isinstance(value, int) and abs(value) > _MOST_EXACT:
+                    self._inexact.setdefault(name, row)
+            if pa.types.is_floating(field.type) and name in self._inexact:
+                raise self._inexact[name].error(
+                    "a column of a table has one type, and one of fractions can't hold a whole number as large as this "
+                    "(JSON Lines can hold both: -o NAME.jsonl)",
+                    name,
+                )
 
     def _misfit(self, row: Row, name: str, found: Any, where: str, error: BaseException | None = None) -> InputError:
         if name not in self._types or isinstance(error, OverflowError):

@@ -215,7 +215,8 @@ def test_tables_show_the_figures_of_their_files(results: Path) -> None:
         assert cells[5].strip() == f"{values['useful_flop_efficiency']:.0%}"
     where = report["environment"]
     said = " ".join(text.split())
-    for fact in (where["cpu"], where["commit"][:10], where["versions"]["torch"], f"{where['threads']} threads"):
+    threads = f"({where['cpu_capability']}), {where['threads']} thread"
+    for fact in (where["cpu"], where["commit"][:10], where["versions"]["torch"], threads):
         assert fact in said
 
     growth = json.loads((results / readme_table.LINEAR).read_text("utf-8"))

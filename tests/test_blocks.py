@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows, sendable
-from fastscore.blocks import CHARS_PER_TOKEN, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
+from fastscore.blocks import CHARS_PER_TOKEN, MAX_DEPTH, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.run_stats import RunStats
 from fastscore.total_stats import TotalStats
@@ -31,8 +32,28 @@ def test_every_row_once_in_order_and_no_block_too_large(lengths: list[int], work
     assert [found for block in blocks for found in block.rows] == rows
     assert [block.index for block in blocks] == list(range(len(blocks)))
     for block in blocks:
-        sizes = [text_size(found.data) for found in block.rows]
+        sizes = [text_size(found) for found in block.rows]
         assert sum(sizes[:-1]) < max_tokens * CHARS_PER_TOKEN
+
+
+def test_prompts_of_a_chat_are_compared_without_its_template() -> None:
+    config = TaskConfig("choices", chat_template=True, system_prompt="Be brief.")
+    rows = [row("x" * 3000, line) for line in range(40)]
+    blocks = list(cut_blocks(rows, config, 2, 4_000_000))
+    assert len(blocks) > 2
+    assert [found for block in blocks for found in block.rows] == rows
+
+
+def test_what_no_other_process_could_be_sent_is_named() -> None:
+    nested: Any = "deep"
+    for _ in range(MAX_DEPTH - 1):
+        nested = [nested]
+    fits = Row({**row("a").data, "notes": nested}, "r.jsonl", 8)
+    (block,) = cut_blocks([fits], CHOICES, 2, 1000)
+    assert pickle.loads(pickle.dumps(block)).rows == [fits]
+    deeper = Row({**row("a").data, "notes": {"more": nested}}, "r.jsonl", 9)
+    with pytest.raises(InputError, match=r"r\.jsonl:9: nested more than 200 deep: it can't be sent"):
+        list(cut_blocks([fits, deeper], CHOICES, 2, 1000))
 
 
 def test_all_workers_get_some_of_it_and_the_last_blocks_are_small() -> None:

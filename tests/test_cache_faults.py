@@ -19,7 +19,8 @@ from cache_entries import IDENTITY, aside, get_numbers, put_numbers, truth
 from small_disks import small_disk
 
 from fastscore.cache import ScoreCache
-from fastscore.cache_file import SUFFIX, network_file_system
+from fastscore.cache_file import SUFFIX
+from fastscore.mounts import network_file_system
 from fastscore.types import InputError
 
 DEATHS = 10

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
+import shutil
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +186,50 @@ def test_other_weights_under_the_same_name_are_another_model(cache: Path, tmp_pa
     other = scorer_of(moved, cache)
     assert other.score_tokens(pairs) != scores
     assert other.stats.cached == 0
+
+
+def test_files_that_change_while_the_model_is_loaded_are_not_taken_for_its_own(cache: Path, tmp_path: Path) -> None:
+    """As when a trainer writes its next checkpoint there."""
+    folder, other = (make_tiny_model(tmp_path / name, seed=seed) for name, seed in (("model", 1), ("other", 2)))
+    scorer = scorer_of(folder, cache)
+    scorer.load()
+    (other / "model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(InputError, match="have changed since they were loaded"):
+        scorer.score_tokens(token_pairs(3))
+    now = scorer_of(folder, cache)
+    for score, truth in zip(now.score_tokens(token_pairs(3)), alone(folder, token_pairs(3)), strict=True):
+        assert score.token_logprobs == pytest.approx(truth, abs=1e-5)
+    assert now.stats.cached == 0
+
+
+def test_a_cache_that_a_kill_left_half_made_is_made(llama: Path, rows: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.sqlite"
+    with closing(sqlite3.connect(half)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    assert half.stat().st_size
+    options = ["score", str(rows), "-m", str(llama), "--task", "pairs", "-q", "--cache", str(half)]
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "-o", str(tmp_path / "out.jsonl")])
+    assert ended.value.code == 0
+    assert cache_info(half).entries > 0
+
+
+def test_names_that_are_no_utf8_are_told_as_json_can(llama: Path, rows: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    try:
+        shutil.copy(rows, odd)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    options = ["score", str(odd), "-m", str(llama), "--task", "pairs", "-q", "--save-name", "x"]
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 0
+    meta = json.loads(Path(f"{str(odd).removesuffix('.jsonl')}.scored.x.jsonl.meta.json").read_text())
+    assert meta["inputs"] == [str(odd)]
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "--format", "pairs", "-o", str(tmp_path / "pairs.jsonl")])
+    assert ended.value.code == 2
+    assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(cache: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -58,6 +60,41 @@ def test_weights_in_pickles_count_where_there_is_nothing_else(folder: Path) -> N
     assert content_identity(folder) != found
 
 
+def test_weights_that_the_config_names_count_beside_others(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": "pytorch_model.bin"}))
+    found = content_identity(folder)
+    (folder / "pytorch_model.bin").write_text("changed")
+    assert content_identity(folder) != found
+
+
+def test_a_snapshot_with_an_adapter_in_it_brings_its_base(tmp_path: Path) -> None:
+    repository, blobs = tmp_path / "models--some--tuned", tmp_path / "models--some--tuned" / "blobs"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    adapter = json.dumps({"base_model_name_or_path": "some/base"})
+    for name, content in (("config.json", "{}"), ("adapter_config.json", adapter), ("model.safetensors", "weights")):
+        (blobs / name).write_text(content)
+        (snapshot / name).symlink_to(blobs / name)
+    bases = ["hub:some/base@1", "hub:some/base@2"]
+    found = {content_identity(snapshot, of_base=lambda name, base=base: f"{name} {base}") for base in bases}  # type: ignore[misc]
+    assert len(found) == 2, "main has moved"
+    assert content_identity(snapshot) not in found
+
+
+def test_reading_stops_at_a_signal(tmp_path: Path) -> None:
+    """Not at the end of files of many gigabytes."""
+    with (tmp_path / "large.gguf").open("wb") as file:
+        file.truncate(1 << 40)
+    os.utime(tmp_path / "large.gguf", (1, 1))
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        content_identity(tmp_path / "large.gguf")
+    assert time.monotonic() - began < 30
+
+
 def test_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     data = os.urandom((1 << 20) + 17)
@@ -103,9 +140,9 @@ def test_digests_are_remembered_by_more_than_size_and_time(
     read: list[str] = []
     whole = fingerprint._sha256
 
-    def counted(name: str) -> str:
+    def counted(name: str, stopped: threading.Event) -> str:
         read.append(Path(name).name)
-        return whole(name)
+        return whole(name, stopped)
 
     monkeypatch.setattr(fingerprint, "_sha256", counted)
     monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", 0.0)

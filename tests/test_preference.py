@@ -206,6 +206,10 @@ def test_bad_rows_are_named() -> None:
     assert fault(**conversation, tools="[").startswith("'tools': not valid JSON: ")
     assert fault(**conversation, tools={}) == "'tools': expected a list, found an object"
     assert fault(**conversation, chat_template_kwargs=[]) == "'chat_template_kwargs': expected an object, found []"
+    for name in ("chat_template", "messages", "add_generation_prompt"):
+        assert fault(**conversation, chat_template_kwargs={"mood": "calm", name: "x"}) == (
+            f"'chat_template_kwargs': {name!r} is no variable of a chat template, and not for a row to say"
+        )
     assert "NUL" in fault(prompt="a", chosen="b\0", rejected="c")
     assert fault(TaskConfig(chat_template=True), task="preference", prompt="a", chosen="b", rejected="c") == (
         "'task': chat_template is not for preference: its conversations go through the template by themselves"

@@ -395,3 +395,20 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_saved_scores_are_joined_with_json_only() -> None:
     with pytest.raises(InputError, match=r"train.parquet: saved scores are joined with the rows of a JSON file only"):
         collate_scores("train.parquet", "m")
+
+
+@pytest.mark.parametrize("apart", [1, 600], ids=["together", "far apart"])
+@pytest.mark.parametrize("turned", [False, True], ids=["whole first", "fraction first"])
+def test_whole_numbers_that_fractions_cannot_stand_for_are_found_before_scoring(apart: int, turned: bool) -> None:
+    numbers = [2**53 + 1, *[1] * apart, 0.5]
+    rows = [Row({"id": number}, "r.jsonl", line) for line, number in enumerate(numbers[:: -1 if turned else 1], 1)]
+
+    def schema(some: list[Row]) -> pa.Schema:
+        columns = TableColumns(Path("o.parquet"))
+        for row in some:
+            columns.add(row, row.data)
+        return columns.schema({})
+
+    with pytest.raises(InputError, match=rf"r\.jsonl:{len(rows) if turned else 1}: field 'id': .*as large as this"):
+        schema(rows)
+    assert str(schema(rows[1:] if turned else rows[:-1]).field("id").type) == "int64"

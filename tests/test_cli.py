@@ -101,14 +101,22 @@ def test_help_imports_no_model_library_and_is_quick(command: list[str]) -> None:
         f"try: main([*{command}, '--help'])\n"
         "except SystemExit as stopped: print('status', stopped.code)\n"
         "print('heavy', sorted({'torch', 'transformers', 'numpy', 'tokenizers'} & sys.modules.keys()))\n"
-        "print('cpu', time.process_time())"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
-    out = runs[0].stdout
+    packages = "import time, typer, typer.rich_utils, rich.markdown\n"  # what any help of Typer's needs
+
+    def run(code: str) -> tuple[float, str]:
+        code += "print('cpu', time.process_time())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        return float(done.stdout.rsplit("cpu ", 1)[1]), done.stdout
+
+    # By turns, since machines slow down for minutes; bench/startup.py measures the half second of the clock.
+    rounds = [(run(code), run(packages)) for _ in range(3)]
+    out = rounds[0][0][1]
     assert f"Usage: {' '.join(['fastscore', *command])}" in out
     assert "status 0" in out
     assert "heavy []" in out
-    assert min(float(done.stdout.rsplit("cpu ", 1)[1]) for done in runs) < 0.5
+    ours, theirs = (min(seconds for seconds, _ in each) for each in zip(*rounds, strict=True))
+    assert ours < max(0.5, 4 * theirs), (ours, theirs)
 
 
 def test_no_arguments_show_help_and_both_programs_are_one() -> None:

@@ -22,8 +22,10 @@ import json
 import os
 import pickle
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -33,10 +35,13 @@ from environment import environment, one_line, write_json
 from processes import run_python
 from rounds import table
 
-from fastscore.blocks import cut_blocks
+from fastscore.block_scores import BlockScores
+from fastscore.blocks import Block, cut_windows
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS, TaskConfig
+from fastscore.dealt import Dealt, hand_on
 from fastscore.rows import RowWriter, read_rows
-from fastscore.tasks import output_row, validate_row
+from fastscore.tasks import expand_row, output_row, validate_row
+from fastscore.types import AnswerScore, Row
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 CONTENDERS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -48,7 +53,7 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "ray 2": (2, (), ("--engine", "ray", "--num-workers", "2")),
 }
 TOLERANCE = 1e-3
-FEED_ROWS = 2000
+FEED_ROWS, FED_WORKERS = 2000, 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -172,15 +177,38 @@ def feed(folder: Path, lines: Sequence[str], task: str) -> float:
     """Pairs per second through one process that reads, deals, takes back and writes, and scores nothing."""
     many = folder / "many.jsonl"
     many.write_text("".join(lines[index % len(lines)] for index in range(FEED_ROWS)), "utf-8")
-    config, pairs = TaskConfig(task), 0
+    config, pairs, written = TaskConfig(task), 0, 0
     started = time.perf_counter()
     for row in read_rows(many):  # the first pass
         pairs += validate_row(row, config)
+    dealt = Dealt(cut_windows(read_rows(many), config, FED_WORKERS, DEFAULT_WINDOW_TOKENS))
+    scoring = 0.0
     with RowWriter(folder / "fed.jsonl") as out:
-        for block in cut_blocks(read_rows(many), config, 8, DEFAULT_WINDOW_TOKENS):
-            for row in pickle.loads(pickle.dumps(block, protocol=5)).rows:
-                out.write(output_row(row, config, [-1.0] * validate_row(row, config)))
-    return pairs / (time.perf_counter() - started)
+        while not dealt.is_done:
+            if (block := dealt.claim()) is not None:
+                sent = pickle.dumps(block, protocol=5)
+                began = time.perf_counter()
+                found = pickle.dumps(_unscored(pickle.loads(sent), config), protocol=5)
+                scoring += time.perf_counter() - began  # what a worker would do
+                dealt.finish(pickle.loads(found))
+            while dealt.next_result() is not None:
+                pass
+            for scored in hand_on(iter(dealt.next_row, None), config, None, threading.Lock()):
+                out.write(output_row(scored.row, config, scored.teacher_scores))
+                written += 1
+    if written != FEED_ROWS:
+        raise SystemExit(f"{written} of {FEED_ROWS} rows came back")
+    return pairs / (time.perf_counter() - started - scoring)
+
+
+def _unscored(block: Block, config: TaskConfig) -> BlockScores:
+    """What would come of a block, without a model."""
+    found, score = BlockScores(block.index, "0"), AnswerScore((-1.0,) * 4, False)
+    for place, part in enumerate(block.rows):
+        pairs = expand_row(part, config, list)
+        light = replace(pairs, row=Row({}), pairs=tuple(replace(pair, prompt="") for pair in pairs.pairs))
+        found.scored.append((place, light, (score,) * len(pairs.pairs)))
+    return found
 
 
 def estimate(result: Mapping[str, Any], pairs: float, workers: int) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastscore.config import Combine, Reduce, ScoreConfig, TaskConfig
 from fastscore.types import AnswerScore, Pair, RowPairs, ScoredRow, TeacherScores
+
+Scores: TypeAlias = tuple[AnswerScore, ...]
+"""Of the pairs of one row."""
 
 
 def _logsumexp(values: Sequence[float]) -> float:
@@ -47,13 +50,17 @@ def not_finite(score: AnswerScore, place: str) -> RuntimeError:
     )
 
 
-def scored_rows(rows: Iterable[RowPairs], scores: Iterable[AnswerScore], config: TaskConfig) -> Iterator[ScoredRow]:
-    """Each row with what it is given, from the scores of all their pairs: a score for each candidate, raw counts."""
+def by_row(rows: Iterable[RowPairs], scores: Iterable[AnswerScore]) -> Iterator[tuple[RowPairs, Scores]]:
+    """Each row with the scores of its pairs, of those of all of them."""
     remaining = iter(scores)
     for pairs in rows:
-        found = tuple(islice(remaining, len(pairs.pairs)))
-        raw = teacher_raw(pairs, found) if config.score.keep_raw else None
-        yield ScoredRow(pairs.row, teacher_scores(pairs, found, config.combine, config.score), found, raw, pairs.pairs)
+        yield pairs, tuple(islice(remaining, len(pairs.pairs)))
+
+
+def scored_row(pairs: RowPairs, scores: Scores, config: TaskConfig) -> ScoredRow:
+    """The row with what it is given, from the scores of its pairs: a score for each candidate, raw counts."""
+    raw = teacher_raw(pairs, scores) if config.score.keep_raw else None
+    return ScoredRow(pairs.row, teacher_scores(pairs, scores, config.combine, config.score), scores, raw, pairs.pairs)
 
 
 def teacher_scores(

@@ -1,62 +1,79 @@
-"""A stream of rows in blocks: neighbours that share prefixes stay together, and several workers end together."""
+"""Rows cut into blocks for several workers: pairs that share a prefix stay together, and all workers end together."""
 
 from __future__ import annotations
 
-import bisect
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
 
 from fastscore.config import TaskConfig
-from fastscore.tasks import expand_row, make_task
+from fastscore.row_parts import CHARS_PER_TOKEN, Prompt, RowParts, prompt_size, split_row
 from fastscore.tokenization import common_length
-from fastscore.types import InputError, Row
+from fastscore.types import Row
 
-CHARS_PER_TOKEN = 4
-"""A guess, and only for sizes: text is tokenised by whoever scores it."""
 MAX_BLOCK_TOKENS = 1_000_000
-"""Large enough that what neighbouring blocks both compute is nothing; small enough to be done again."""
-MIN_BLOCK_TOKENS = 4_000
-"""A smaller one would not fill a pack."""
+"""Small enough to be done again by another worker. What its pairs share counts once."""
+MIN_BLOCK_TOKENS = 2_000
+"""A smaller one would fill no pack; a worker waits for the others no longer than one takes."""
 MAX_DEPTH = 200
 """Brackets within brackets; pickle, which sends rows, takes a few hundred."""
-_LATEST_CUT, _EARLIEST_CUT = 1.0, 0.75
-"""A block ends between these parts of its size, where its rows share least with those that follow."""
+_NEAR = 32
+"""Most neighbours differ so soon, or are the same for long."""
+_EARLIEST_CUT = 0.75
+"""A block ends between this part of its size and the whole of it, where it shares least with what follows."""
+_COMPUTED_TWICE = 1 / 16
+"""It goes on when it would share more than this part of itself, since another worker would compute that again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Neighbouring rows; ``index`` counts the blocks of a job from 0."""
+    """Parts of rows that one worker scores; ``index`` counts the blocks of a job from 0."""
 
     index: int
     rows: list[Row]
 
 
-def cut_blocks(rows: Iterable[Row], config: TaskConfig, workers: int, max_tokens: int) -> Iterator[Block]:
-    """The rows in blocks: large ones first, and towards the end smaller ones, so that all workers end together.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is going to be a block: of each part the place of its row in the window, and which of its parts it is."""
 
-    A block is a ``2 * workers``-th of what is known to be left (guided self-scheduling, Polychronopoulos and Kuck,
-    1987; one worker has nobody to end together with, and takes all of it), at least :data:`MIN_BLOCK_TOKENS` and at
-    most :data:`MAX_BLOCK_TOKENS` or ``max_tokens`` by a guess from the length of its texts; that many rows are read
-    ahead. It ends where rows share little with those after them.
+    places: Sequence[int]
+    parts: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CutWindow:
+    """Neighbouring rows, and their pairs in blocks. A row may be in several of them, a candidate is in one."""
+
+    rows: Sequence[RowParts]
+    cuts: Sequence[Cut]
+
+
+def cut_windows(rows: Iterable[Row], config: TaskConfig, workers: int, max_tokens: int) -> Iterator[CutWindow]:
+    """The rows in windows of ``max_tokens``, or of a block for each worker where that is more; each cut into blocks.
+
+    The pairs of a window are sorted by their prompts, so that neighbours share what can be shared, and cut where they
+    share little: a prefix is computed by one worker, wherever in the window its rows stand. A block has a
+    ``2 * workers``-th of the window, and in the last one of what is left of it, so that all workers end together
+    (guided self-scheduling, Polychronopoulos and Kuck, 1987; one worker has nobody to end together with, and takes
+    all). It has at least :data:`MIN_BLOCK_TOKENS` and at most :data:`MAX_BLOCK_TOKENS`, where what its pairs share
+    counts once, and its texts at most ``max_tokens``, a worker's own window. Tokens are guessed from texts' length.
+
+    Raises:
+        InputError: a row can't be sent to another process.
     """
-    most = min(max_tokens, MAX_BLOCK_TOKENS) * CHARS_PER_TOKEN
-    least = min(most, MIN_BLOCK_TOKENS * CHARS_PER_TOKEN)
-    source, ahead, sizes, total = iter(rows), deque[Row](), deque[int](), 0
-    index = 0
-    while True:
-        while total < 2 * workers * most and (row := next(source, None)) is not None:
-            ahead.append(row)
-            sizes.append(text_size(row))
-            total += sizes[-1]
-        if not ahead:
-            return
-        parts = 2 * workers if workers > 1 else 1
-        count = _rows_of_block(ahead, sizes, max(least, min(most, total // parts)), config)
-        total -= sum(sizes.popleft() for _ in range(count))
-        yield Block(index, [ahead.popleft() for _ in range(count)])
-        index += 1
+    wanted = max(max_tokens, workers * min(max_tokens, MAX_BLOCK_TOKENS)) * CHARS_PER_TOKEN
+    source = iter(rows)
+    following = next(source, None)
+    while following is not None:
+        window: list[RowParts] = []
+        size = 0
+        while following is not None and size < wanted:
+            size += text_size(following)
+            window.append(split_row(following, config))
+            following = next(source, None)
+        shares = 2 * workers if workers > 1 else 1
+        yield CutWindow(window, _cuts(window, shares, max_tokens, is_last=following is None))
 
 
 def text_size(row: Row) -> int:
@@ -85,47 +102,61 @@ def text_size(row: Row) -> int:
     return size
 
 
-def _rows_of_block(rows: Sequence[Row], sizes: Iterable[int], wanted: int, config: TaskConfig) -> int:
-    """How many rows make a block of that size: the cut at which least is shared, the latest of several."""
-    best, least_shared, size = len(rows), -1, 0
-    before: list[Any] | None = None
-    for count, row_size in enumerate(sizes, start=1):
-        size += row_size
-        if count == len(rows):
-            # All that is left: one block, unless it was to be smaller.
-            return count if size <= wanted * _LATEST_CUT or least_shared < 0 else best
-        if size < wanted * _EARLIEST_CUT:
-            continue
-        before = _prompts(rows[count - 1], config) if before is None else before
-        after = _prompts(rows[count], config)
-        shared = shared_size(before, after)
-        if least_shared < 0 or shared <= least_shared:
-            best, least_shared = count, shared
-        before = after
-        if size >= wanted * _LATEST_CUT:
-            return best
-    return best
+class _Order:
+    """The parts of a window, sorted by their prompts.
+
+    own: of each, characters that it doesn't share with the one before; whole: all its characters.
+    shared: the difference between them.
+    """
+
+    def __init__(self, rows: Sequence[RowParts]) -> None:
+        places = [place for place, row in enumerate(rows) for _ in row.prompts]
+        parts = [part for row in rows for part in range(len(row.prompts))]
+        prompts = [prompt for row in rows for prompt in row.prompts]
+        # Texts and token ids have no order between them.
+        kinds = [[i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)] for kind in (str, tuple)]
+        order = [i for kind in kinds for i in sorted(kind, key=prompts.__getitem__)]
+        self.places = [places[i] for i in order]
+        self.parts = [parts[i] for i in order]
+        self.shared = [0, *(_shared(prompts[before], prompts[after]) for before, after in pairwise(order))]
+        self.whole = [prompt_size(prompts[i]) + rows[places[i]].answers_size for i in order]
+
+    def end_of_block(self, start: int, wanted: int, most: int) -> int:
+        """Where a block ends that begins at ``start``: where least is shared with what follows, at the latest of
+        several such places. ``wanted``: characters that are not shared within the block; ``most``: of all its texts."""
+        best, least_shared = 0, -1
+        size, whole = self.shared[start], 0  # the first has nobody to share with
+        for stop in range(start + 1, len(self.whole)):
+            whole += self.whole[stop - 1]
+            size += self.whole[stop - 1] - self.shared[stop - 1]
+            may_end = size >= wanted * _EARLIEST_CUT and self.shared[stop] <= size * _COMPUTED_TWICE
+            if (may_end or whole >= most * _EARLIEST_CUT) and (least_shared < 0 or self.shared[stop] <= least_shared):
+                best, least_shared = stop, self.shared[stop]
+            if best and (size >= wanted or whole >= most):
+                return best
+        return len(self.whole)
 
 
-def _prompts(row: Row, config: TaskConfig) -> list[Any]:
-    """The row's prompts in their order of sorting, without a chat template, which adds the same to all. Of a bad row
-    none; nor of preferences, which only a tokenizer expands."""
-    try:
-        if make_task(config, row).name == "preference":
-            return []
-        pairs = expand_row(row, replace(config, chat_template=False, system_prompt=None), lambda keys: keys).pairs
-    except InputError:
-        return []
-    return sorted({pair.prompt for pair in pairs})  # type: ignore[type-var]
+def _cuts(rows: Sequence[RowParts], shares: int, max_tokens: int, is_last: bool) -> list[Cut]:
+    """The pairs of a window in blocks: each a ``shares``-th of it, or of what is left."""
+    order = _Order(rows)
+    left = sum(order.whole) - sum(order.shared)
+    least, most = (CHARS_PER_TOKEN * min(max_tokens, size) for size in (MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS))
+    found, start = [], 0
+    while start < len(order.whole):
+        stop = order.end_of_block(start, max(least, min(most, left // shares)), max_tokens * CHARS_PER_TOKEN)
+        if is_last:
+            left -= sum(order.whole[start:stop]) - sum(order.shared[start:stop])
+        found.append(Cut(order.places[start:stop], order.parts[start:stop]))
+        start = stop
+    return found
 
 
-def shared_size(before: Sequence[Any], after: Sequence[Any]) -> int:
-    """How much of the prompts ``after`` is a beginning of one ``before``: characters (or tokens); both are sorted."""
-    shared = 0
-    for prompt in after:
-        if not before or type(before[0]) is not type(prompt):
-            continue
-        place = bisect.bisect_left(before, prompt)
-        # Whatever shares most with it stands next to it.
-        shared += max(common_length(other, prompt) for other in before[max(0, place - 1) : place + 1])
-    return shared
+def _shared(before: Prompt, after: Prompt) -> int:
+    """How much of the prompt is what the one before begins with, in characters."""
+    if type(before) is not type(after):
+        return 0
+    length = common_length(before[:_NEAR], after[:_NEAR])
+    if length == _NEAR:
+        length = common_length(before, after)
+    return length if isinstance(after, str) else CHARS_PER_TOKEN * length

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows
-from fastscore.blocks import cut_blocks
+from fastscore.block_scores import BlockScores, Job, score_block
+from fastscore.blocks import CutWindow, cut_windows
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.dealt import Dealt, FinishedRow, hand_on
 from fastscore.rank_follower import BAD_INPUT, FAILED, follow, on_own_device, open_on_device
 from fastscore.rank_messages import GOODBYE_SECONDS, HEARTBEAT_SECONDS, Channel, Lost, leave, meet
+from fastscore.read_ahead import ReadAhead, locked, until
 from fastscore.run_stats import RunStats
 from fastscore.total_stats import TotalStats
 from fastscore.types import InputError, Row, ScoredRow
 from fastscore.windows import OnBadRow
 
-BLOCKS_AHEAD = 4
-"""Blocks for each rank that may be unwritten, because one before them is not finished."""
 _LOOK_SECONDS = 0.5
 _SIGNAL_SECONDS = 1.0
 _GIVE_UP_SECONDS = 8.0
@@ -235,15 +235,18 @@ class ManyRanks:
     ) -> Generator[ScoredRow, None, None]:
         """As :meth:`fastscore.Scorer.stream_rows`, with bad rows handed on in the order of the rows.
 
-        ``rows`` are read in several threads, one at a time.
+        ``rows`` are read in a thread, a window ahead.
 
         Raises:
             RuntimeError: a rank is gone.
         """
         lead, config = self._lead, self._config
         job = Job(config, task_config, on_bad_row is not None, None if cache is None else cache.place)
-        blocks = cut_blocks(rows, task_config, lead.world_size, config.window_tokens)
-        dealt = Dealt(blocks, BLOCKS_AHEAD * lead.world_size)
+        reading = threading.Lock()  # held where a bad row is told of
+
+        def windows(stopped: threading.Event) -> Iterator[CutWindow]:
+            wanted = until(stopped, locked(reading, rows))
+            return cut_windows(wanted, task_config, lead.world_size, config.window_tokens)
 
         def tell(stats: RunStats | None = None) -> None:
             if on_progress is not None:
@@ -255,35 +258,43 @@ class ManyRanks:
             tell(stats)
 
         try:
-            mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
-            with lead.dealing(job, dealt):
-                while True:
-                    if mine is not None:
-                        result = score_block(self._own, cache, job, mine, progress)
+            with ReadAhead(windows) as ahead:
+                dealt = Dealt(iter(ahead))
+                mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
+                with lead.dealing(job, dealt):
+                    while not dealt.is_done:
+                        if mine is not None:
+                            result = score_block(self._own, cache, job, mine, progress)
+                            with lead.changed:
+                                dealt.finish(replace(result, worker="0"))
+                        lead.check()
+                        yield from hand_on(self._finished(dealt), task_config, on_bad_row, reading)
+                        tell()
                         with lead.changed:
-                            dealt.finish(replace(result, worker="0"))
-                    lead.check()
-                    yield from self._finished(dealt, on_bad_row)
-                    tell()
-                    with lead.changed:
-                        if dealt.is_done:
-                            self._total.end_job()
-                            return
-                        mine = dealt.claim()
-                        if mine is None and not dealt.is_done:
-                            lead.changed.wait(_LOOK_SECONDS)
+                            mine = dealt.claim()
+                            if mine is None and not dealt.is_done:
+                                lead.changed.wait(_LOOK_SECONDS)
+            self._total.end_job()
         except (KeyboardInterrupt, SystemExit):
             lead.check_lost()
             raise
 
-    def _finished(self, dealt: Dealt, on_bad_row: OnBadRow | None) -> Iterator[ScoredRow]:
+    def _finished(self, dealt: Dealt) -> Iterator[FinishedRow]:
+        """Rows in their order, as far as everything of them has come.
+
+        Raises:
+            Exception: what ended a block.
+        """
         while True:
             with self._lead.changed:
-                found = dealt.next_finished()
+                result = dealt.next_result()
+                row = dealt.next_row() if result is None else None
                 self._lead.changed.notify_all()
-            if found is None:
+            if result is not None:
+                self._total.add(result)
+                if result.error is not None:
+                    raise result.error
+            elif row is not None:
+                yield row
+            else:
                 return
-            self._total.add(found[1])
-            with self._lead.changed:  # another thread may be reading rows, and finding bad ones
-                hand_on_bad(*found, on_bad_row)
-            yield from scored_rows(*found)

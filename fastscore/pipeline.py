@@ -13,7 +13,7 @@ from fastscore.interrupts import Interrupted
 from fastscore.kept_scores import Work
 from fastscore.language_model import LanguageModel
 from fastscore.launch import Launch
-from fastscore.read_ahead import ReadAhead, Stopped
+from fastscore.read_ahead import ReadAhead, until
 from fastscore.types import AnswerScore, Row
 from fastscore.windows import Window
 
@@ -59,7 +59,7 @@ def score_beside(
     loaded: Future[LanguageModel] = Future()
 
     def make(stopped: threading.Event) -> Iterator[tuple[Window, Work]]:
-        return prepare(_until(stopped, rows), loaded.result)
+        return prepare(until(stopped, rows), loaded.result)
 
     with ReadAhead(make) as windows:
         try:
@@ -100,10 +100,3 @@ def _kept(in_flight: list[tuple[Window, Launch]]) -> Iterator[None]:
             for _, launched in in_flight:
                 launched.keep()
         raise
-
-
-def _until(stopped: threading.Event, rows: Iterable[Row]) -> Iterator[Row]:
-    for row in rows:
-        if stopped.is_set():
-            raise Stopped
-        yield row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
@@ -13,8 +13,9 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from fastscore.block_scores import BlockScores, Dealt
+from fastscore.block_scores import BlockScores
 from fastscore.blocks import Block
+from fastscore.dealt import Dealt, FinishedRow
 
 
 class Shelf:
@@ -44,21 +45,20 @@ class Shelf:
         with self._changed:
             self._dealt.finish(result)
 
-    def finished(self) -> Iterator[tuple[Block, BlockScores]]:
-        """Blocks with their results, in the order of the rows, as far as they have come."""
-        while True:
-            with self._changed:
-                found = self._dealt.next_finished()
-                self._changed.notify_all()
-            if found is None:
-                return
-            self.actor.drop.remote(found[0].index)
-            yield found
-
-    def locked(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Call it while no rows are read."""
+    def next_result(self) -> BlockScores | None:
+        """What came of a block, each once. Nobody needs the block any more."""
         with self._changed:
-            call(*arguments)
+            result = self._dealt.next_result()
+        if result is not None:
+            self.actor.drop.remote(result.index)
+        return result
+
+    def next_row(self) -> FinishedRow | None:
+        """The row whose turn it is, when everything of it has come."""
+        with self._changed:
+            row = self._dealt.next_row()
+            self._changed.notify_all()
+        return row
 
     def check(self) -> None:
         """Raise what went wrong with reading rows."""
@@ -85,7 +85,7 @@ class Shelf:
 
 
 class _Blocks:
-    """Holds blocks from when they were cut until their scores are written."""
+    """Holds blocks from when they were dealt until their scores have come."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, bytes] = {}
@@ -115,7 +115,7 @@ class _Blocks:
         return self._tries[index]
 
     async def get(self, index: int) -> bytes | None:
-        """The block, b"" when its scores are written already, None after the last one. Waits for it."""
+        """The block, b"" when its scores have come already, None after the last one. Waits for it."""
         async with self._changed:
             await self._changed.wait_for(lambda: index < self._count or self._ended)
             return self._blocks.get(index, b"") if index < self._count else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
@@ -22,6 +22,25 @@ _END: Any = object()
 
 class Stopped(Exception):
     """Raised in the thread, by whoever looks for the stop, to leave the iterator from inside."""
+
+
+def until(stopped: threading.Event, items: Iterable[T]) -> Iterator[T]:
+    """The items, as long as somebody wants them; raises :class:`Stopped` then."""
+    for item in items:
+        if stopped.is_set():
+            raise Stopped
+        yield item
+
+
+def locked(lock: threading.Lock, items: Iterable[T]) -> Iterator[T]:
+    """The items, each made while the lock is held."""
+    source = iter(items)
+    while True:
+        with lock:
+            item = next(source, _END)
+        if item is _END:
+            return
+        yield item
 
 
 class ReadAhead(Generic[T]):

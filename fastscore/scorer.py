@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastscore.aggregate import scored_rows
+from fastscore.aggregate import Scores, scored_row
 from fastscore.cache_file import CacheAt
-from fastscore.chat import check_chat_template
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -35,13 +33,13 @@ from fastscore.kept_scores import RunCache, Work, make_work
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
 from fastscore.model_source import ModelSource, resolve_model
-from fastscore.models import choose_device, load_config, load_model, load_tokenizer, max_context, prepare_model
-from fastscore.pipeline import runs_beside_host, score_beside, score_in_turn
+from fastscore.models import load_config, load_model, load_tokenizer, max_context, prepare_model
+from fastscore.row_stream import RowStream
 from fastscore.run_stats import RunStats
 from fastscore.tasks import output_row
 from fastscore.tokenization import PairTokenizer
-from fastscore.types import AnswerScore, InputError, Pair, Row, ScoredRow, ScoringRequest
-from fastscore.windows import OnBadRow, Window, read_windows
+from fastscore.types import AnswerScore, InputError, Pair, Row, RowPairs, ScoredRow, ScoringRequest
+from fastscore.windows import OnBadRow, Window
 
 
 class Scorer:
@@ -114,7 +112,6 @@ class Scorer:
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
-        self._spare_tokenizers: list[PairTokenizer] = []
         self._cache = self.cache_at(cache)
         self._identity: ScoreIdentity | None = None
         self._pair_tokenizer = PairTokenizer(
@@ -124,6 +121,7 @@ class Scorer:
             overflow=self.config.overflow,
             is_encoder_decoder=hf_config.is_encoder_decoder,
         )
+        self._rows = RowStream(self._pair_tokenizer, self.config, self.stats, self.load, self._work)
 
     @classmethod
     def from_config(cls, config: ScorerConfig, cache: str | Path | None = None) -> Scorer:
@@ -267,38 +265,28 @@ class Scorer:
         ``on_bad_row`` is called in a thread that is one window ahead; it ends with this iterator (close it to leave
         early). ``cache`` takes the place of the scorer's own; ``on_progress`` gets the counters so far.
         """
-        self.check_task(task_config)
-        beside = runs_beside_host(choose_device(self.config.device))
-        tokenizer = self._pair_tokenizer
-        if beside:  # the thread's own: this one is the user's, and its settings change from call to call
-            tokenizer = self._spare_tokenizers.pop() if self._spare_tokenizers else copy.deepcopy(tokenizer)
+        stream = self.stream_scores(rows, task_config, on_bad_row=on_bad_row, on_progress=on_progress, cache=cache)
+        with closing(stream):
+            for pairs, scores in stream:
+                yield scored_row(pairs, scores, task_config)
 
-        def prepare(rows: Iterable[Row], load: Callable[[], LanguageModel]) -> Iterator[tuple[Window, Work]]:
-            for window in read_windows(rows, task_config, tokenizer, self.config.window_tokens, on_bad_row):
-                load()
-                yield window, self._work(window.requests, cache)
-                del window  # not in memory while the next is read
-
-        def launch(work: Work) -> Launch:
-            return Launch(self._model, work, self.stats, on_progress)
-
-        with ExitStack() as stack:
-            if beside:
-                stack.callback(self._spare_tokenizers.append, tokenizer)
-            score = score_beside if beside else score_in_turn
-            for window, scores in stack.enter_context(closing(score(rows, prepare, self.load, launch))):
-                yield from scored_rows(window.rows, scores, task_config)
-                del window, scores  # not in memory while the next are waited for
+    def stream_scores(
+        self,
+        rows: Iterable[Row],
+        task_config: TaskConfig,
+        *,
+        on_bad_row: OnBadRow | None = None,
+        on_progress: Progress | None = None,
+        cache: RunCache | None = None,
+    ) -> Generator[tuple[RowPairs, Scores], None, None]:
+        """The same with the scores of each row's pairs as they are; ``rows`` may be parts of rows."""
+        return self._rows.scores(rows, task_config, on_bad_row, on_progress, cache)
 
     def plan_windows(
         self, rows: Iterable[Row], task_config: TaskConfig, *, on_bad_row: OnBadRow | None = None
     ) -> Iterator[tuple[Window, Plan]]:
         """What :meth:`stream_rows` would score, same arguments, without a cache; and the plans. Loads the model."""
-        self.check_task(task_config)
-        windows = read_windows(rows, task_config, self._pair_tokenizer, self.config.window_tokens, on_bad_row)
-        for window in windows:
-            yield window, self._model.plan(window.requests)
-            del window  # not in memory while the next is read
+        return self._rows.plans(rows, task_config, on_bad_row)
 
     def cache_at(self, place: CacheAt | None) -> RunCache:
         """A cache of this scorer's scores, opened when it is first used; close it. Without a place nothing is kept."""
@@ -322,9 +310,7 @@ class Scorer:
         Raises:
             InputError: it has not.
         """
-        check_chat_template(self.tokenizer, config)
-        if config.score.append_eos:
-            self._pair_tokenizer.check_eos()
+        self._rows.check(config)
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""

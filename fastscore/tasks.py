@@ -56,10 +56,12 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class RowPlan:
     """A row whose every field was found to be right. ``build`` makes the pairs from the truncated ``keys``.
 
-    ``conversation`` stands before the answers in the place of their prompts, where the row's context is one.
+    candidate_field: the field whose list a row with fewer candidates would have; None where its pairs are not
+        prompts of their own, but answers to one.
+    conversation: stands before the answers in the place of their prompts, where the row's context is one.
     """
 
     num_candidates: int
@@ -67,8 +69,14 @@ class _Plan:
     keys: list[str]
     build: Callable[[Sequence[str]], list[Pair]]
     num_baselines: int = 0
+    candidate_field: str | None = None
     conversation: list[Message] | None = None
     preference: Preference | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """How many there will be."""
+        return self.num_candidates * self.num_answers + self.num_baselines
 
 
 def make_task(config: TaskConfig, row: Row) -> Task:
@@ -93,8 +101,7 @@ def validate_row(row: Row, config: TaskConfig) -> int:
     Raises:
         InputError: naming the row and the field.
     """
-    plan = _plan(row, config)
-    return plan.num_candidates * plan.num_answers + plan.num_baselines
+    return plan_row(row, config).num_pairs
 
 
 def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys, chat: ChatTemplate | None = None) -> RowPairs:
@@ -105,14 +112,22 @@ def expand_row(row: Row, config: TaskConfig, truncate_keys: TruncateKeys, chat: 
     Raises:
         InputError: naming the row and the field.
     """
-    plan = _plan(row, config)
+    plan = plan_row(row, config)
+    return expand_plan(row, plan, config, truncate_keys(plan.keys) if plan.keys else [], chat)
+
+
+def expand_plan(
+    row: Row, plan: RowPlan, config: TaskConfig, keys: Sequence[str], chat: ChatTemplate | None = None
+) -> RowPairs:
+    """The same, once the row has been checked and its candidates' texts have been truncated to ``keys``."""
     if plan.preference is not None:
         assert chat is not None, "preference rows are tokenised here"
         pairs = preference_pairs(plan.preference, chat, config.max_length)
         return RowPairs(row, pairs, plan.num_candidates, plan.num_answers, summed=True)
-    keys = truncate_keys(plan.keys) if plan.keys else []
     assert len(keys) == len(plan.keys), "truncating gives back every candidate"
     built = plan.build(keys)
+    if row.numbers is not None:
+        built = built[: len(row.numbers)]  # only one part of a row has its baseline
     if config.chat_template:
         assert chat is not None, "a chat template belongs to a tokenizer"
         built = chat.pairs(built, plan.conversation)
@@ -150,7 +165,12 @@ def dropped_fields(row: Row, config: TaskConfig) -> tuple[str, ...]:
     return (*earlier, *LRLM_FIELDS) if task == "lrlm" else earlier
 
 
-def _plan(row: Row, config: TaskConfig) -> _Plan:
+def plan_row(row: Row, config: TaskConfig) -> RowPlan:
+    """Check every field that the task reads, and see what pairs the row will make. Needs no tokenizer.
+
+    Raises:
+        InputError: naming the row and the field.
+    """
     task = make_task(config, row)
     check_definition(row, task.name, task.template, config.score)
     if config.chat_template and task.name in NO_CHAT_TEMPLATE:
@@ -160,18 +180,19 @@ def _plan(row: Row, config: TaskConfig) -> _Plan:
     if task.name == "lrlm":
         return _plan_lrlm(row, config.score)
     if task.name == "preference":
-        return _Plan(2, 1, [], lambda _: [], preference=read_preference(row))
+        return RowPlan(2, 1, [], lambda _: [], preference=read_preference(row))
     conversation = _conversation(row, config) if isinstance(row.data.get("context"), list) else None
     context = "" if conversation else _text(row, "context")
     if task.name == "pairs":
         continuation = _answer(row, row.data.get("continuation"), "continuation")
-        return _Plan(1, 1, [], lambda _: [Pair(context, continuation)], conversation=conversation)
+        return RowPlan(1, 1, [], lambda _: [Pair(context, continuation)], conversation=conversation)
     choices = _list(row, "choices", "a non-empty list of strings")
     if not choices:
         raise row.error("expected a non-empty list of strings, found []", "choices")
     answers = [_answer(row, choice, f"choices[{index}]") for index, choice in enumerate(choices)]
     joined = [choice if choice[0].isspace() else f" {choice}" for choice in answers]
-    return _Plan(len(joined), 1, [], lambda _: [Pair(context, answer) for answer in joined], conversation=conversation)
+    pairs = [Pair(context, answer) for answer in joined]
+    return RowPlan(len(pairs), 1, [], lambda _: pairs, conversation=conversation)
 
 
 def _conversation(row: Row, config: TaskConfig) -> list[Message]:
@@ -184,7 +205,7 @@ def _conversation(row: Row, config: TaskConfig) -> list[Message]:
     return messages
 
 
-def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig) -> _Plan:
+def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig) -> RowPlan:
     values = {field: _text(row, field) for field in template.row_fields}
     keys = _candidates(row, task) if template.has_key else []
     if config.score.target == "query":
@@ -202,10 +223,11 @@ def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig)
 
     num_candidates = len(keys) if template.has_key else 1
     num_baselines = len(answers) if baseline is not None else 0
-    return _Plan(num_candidates, len(answers), keys, build, num_baselines=num_baselines)
+    field = None if not template.has_key else "history" if row.data.get("history") is not None else "pos"
+    return RowPlan(num_candidates, len(answers), keys, build, num_baselines, candidate_field=field)
 
 
-def _plan_lrlm(row: Row, score: ScoreConfig) -> _Plan:
+def _plan_lrlm(row: Row, score: ScoreConfig) -> RowPlan:
     if row.data.get("history") is not None:
         raise row.error("only the chat task takes its candidates from here; the task is 'lrlm'", "history")
     context = _token_ids(row, row.data.get("context_inputs"), "context_inputs")
@@ -242,7 +264,7 @@ def _plan_lrlm(row: Row, score: ScoreConfig) -> _Plan:
             "score_inputs",
         )
     pairs = [Pair(prompt, answer) for prompt in prompts]
-    return _Plan(num_candidates, 1, [], lambda _: pairs, num_baselines=num_baselines)
+    return RowPlan(num_candidates, 1, [], lambda _: pairs, num_baselines, candidate_field="score_inputs")
 
 
 def _candidates(row: Row, task: Task) -> list[str]:

@@ -79,6 +79,12 @@ class Row:
     data: dict[str, Any]
     path: str | None = None
     line: int | None = None
+    numbers: tuple[int, ...] | None = None
+    """Of a part of a row, whose data has fewer candidates: which of the whole row's pairs it stands for."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, whose own way with frozen dataclasses takes several times as long."""
+        return Row, (self.data, self.path, self.line, self.numbers)
 
     def error(self, message: str, field: str | None = None) -> InputError:
         """An error that names this row's file and line."""
@@ -93,6 +99,10 @@ class Pair:
     answer: str | tuple[int, ...]
     is_chat: bool = False
     """The prompt comes from a chat template, which writes the special tokens itself: the tokenizer adds none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for :class:`Row`."""
+        return Pair, (self.prompt, self.answer, self.is_chat)
 
     @property
     def num_bytes(self) -> int | None:
@@ -122,10 +132,21 @@ class RowPairs:
     summed: bool = False
     """A pair's score is the sum over its answer's tokens, not their mean."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for :class:`Row`."""
+        return RowPairs, (self.row, self.pairs, self.num_candidates, self.num_answers, self.summed)
+
     @property
     def has_baseline(self) -> bool:
         """Whether the answers also come without a passage, after all other pairs."""
         return len(self.pairs) > self.num_candidates * self.num_answers
+
+    def place(self, index: int) -> str:
+        """Where in the input the pair of that index came from: file, line and candidate (of the whole row)."""
+        if index >= self.num_candidates * self.num_answers:
+            return str(self.row.error("the baseline"))
+        number = index if self.row.numbers is None else self.row.numbers[index]
+        return str(self.row.error(f"candidate {number // self.num_answers}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +173,10 @@ class AnswerScore:
     token_logprobs: tuple[float, ...]
     is_greedy: bool
     """True when every answer token is the model's own first choice (lowest id wins a tie)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for :class:`Row`."""
+        return AnswerScore, (self.token_logprobs, self.is_greedy)
 
     @property
     def num_tokens(self) -> int:

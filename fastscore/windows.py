@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
+from typing import TypeAlias
 
 from fastscore.chat import ChatTemplate
 from fastscore.config import TaskConfig
-from fastscore.tasks import expand_row
+from fastscore.tasks import RowPlan, expand_plan, plan_row
 from fastscore.tokenization import PairTokenizer
 from fastscore.types import InputError, Row, RowPairs, ScoringRequest
 
@@ -17,6 +17,8 @@ TOKENISED_PAIRS = 256
 """Pairs handed to the tokenizer at a time: enough for its threads, and soon done when the run is interrupted."""
 
 OnBadRow = Callable[[Row, InputError], None]
+Planned: TypeAlias = tuple[Row, RowPlan | InputError]
+"""A row and what was found in it, or what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,7 @@ class Window:
         """
         for row_pairs in self.rows:
             if index < len(row_pairs.pairs):
-                candidate = index // row_pairs.num_answers
-                is_baseline = candidate == row_pairs.num_candidates
-                return str(row_pairs.row.error("the baseline" if is_baseline else f"candidate {candidate}"))
+                return row_pairs.place(index)
             index -= len(row_pairs.pairs)
         raise IndexError(index)
 
@@ -68,48 +68,69 @@ def _encoded(
     rows: Iterable[Row], config: TaskConfig, tokenizer: PairTokenizer, on_bad_row: OnBadRow | None
 ) -> Iterator[tuple[RowPairs, list[ScoringRequest]]]:
     """Rows with the requests of their pairs, tokenised many at a time."""
-    for portion in _portions(_expanded(rows, config, tokenizer, on_bad_row), TOKENISED_PAIRS):
-        pairs = [pair for row_pairs in portion for pair in row_pairs.pairs]
-        encoded = iter(tokenizer.encode(pairs, config.score.append_eos))
-        for row_pairs in portion:
-            results = list(islice(encoded, len(row_pairs.pairs)))
-            requests = [result for result in results if isinstance(result, ScoringRequest)]
-            if len(requests) == len(results):
-                yield row_pairs, requests
-            else:
-                index, error = next((i, found) for i, found in enumerate(results) if isinstance(found, InputError))
-                if index >= row_pairs.num_candidates * row_pairs.num_answers:
-                    error = InputError(f"without a passage (--baseline no-context): {error}")
-                _report(row_pairs.row, error, on_bad_row)
-
-
-def _expanded(
-    rows: Iterable[Row], config: TaskConfig, tokenizer: PairTokenizer, on_bad_row: OnBadRow | None
-) -> Iterator[RowPairs]:
-    truncate = partial(tokenizer.truncate_keys, max_length=config.key_max_length)
     chat = ChatTemplate(tokenizer.tokenizer, config.system_prompt)
+    for portion in _portions(_planned(rows, config), TOKENISED_PAIRS):
+        expanded = list(_expanded(portion, config, tokenizer, chat))
+        pairs = [pair for _, found in expanded if isinstance(found, RowPairs) for pair in found.pairs]
+        encoded = iter(tokenizer.encode(pairs, config.score.append_eos))
+        for row, found in expanded:
+            if isinstance(found, RowPairs):
+                results = list(islice(encoded, len(found.pairs)))
+                requests = [result for result in results if isinstance(result, ScoringRequest)]
+                if len(requests) == len(results):
+                    yield found, requests
+                    continue
+                index, error = next((i, result) for i, result in enumerate(results) if isinstance(result, InputError))
+                if index >= found.num_candidates * found.num_answers:
+                    error = InputError(f"without a passage (--baseline no-context): {error}")
+                found = error
+            _report(row, found, on_bad_row)
+
+
+def _planned(rows: Iterable[Row], config: TaskConfig) -> Iterator[Planned]:
     for row in rows:
         try:
-            expanded = expand_row(row, config, truncate, chat)
-            if expanded.summed and tokenizer.is_encoder_decoder:
-                raise InputError("the task preference needs a causal model, and this is an encoder-decoder")
-            yield expanded
+            yield row, plan_row(row, config)
         except InputError as error:
-            _report(row, error, on_bad_row)
+            yield row, error
 
 
-def _portions(rows: Iterable[RowPairs], max_pairs: int) -> Iterator[list[RowPairs]]:
+def _portions(rows: Iterable[Planned], max_pairs: int) -> Iterator[list[Planned]]:
     """Rows until they have ``max_pairs`` pairs."""
-    portion: list[RowPairs] = []
+    portion: list[Planned] = []
     size = 0
-    for row in rows:
-        portion.append(row)
-        size += len(row.pairs)
+    for row, plan in rows:
+        portion.append((row, plan))
+        size += plan.num_pairs if isinstance(plan, RowPlan) else 1
         if size >= max_pairs:
             yield portion
             portion, size = [], 0
     if portion:
         yield portion
+
+
+def _expanded(
+    portion: Sequence[Planned],
+    config: TaskConfig,
+    tokenizer: PairTokenizer,
+    chat: ChatTemplate,
+) -> Iterator[tuple[Row, RowPairs | InputError]]:
+    """Each row's pairs; candidates are truncated all together."""
+    keys = [key for _, plan in portion if isinstance(plan, RowPlan) for key in plan.keys]
+    truncated = iter(tokenizer.truncate_keys(keys, config.key_max_length))
+    for row, plan in portion:
+        if isinstance(plan, InputError):
+            yield row, plan
+            continue
+        cut = list(islice(truncated, len(plan.keys)))
+        try:
+            found = expand_plan(row, plan, config, cut, chat)
+            if found.summed and tokenizer.is_encoder_decoder:
+                raise InputError("the task preference needs a causal model, and this is an encoder-decoder")
+        except InputError as error:
+            yield row, error
+        else:
+            yield row, found
 
 
 def _report(row: Row, error: InputError, on_bad_row: OnBadRow | None) -> None:

@@ -1,47 +1,208 @@
-"""Rows cut into blocks, and what comes of blocks put together again."""
+"""Rows cut into blocks of pairs: nothing is lost, prefixes stay together, and blocks have their sizes."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows, sendable
-from fastscore.blocks import CHARS_PER_TOKEN, MAX_DEPTH, MIN_BLOCK_TOKENS, Block, cut_blocks, shared_size, text_size
-from fastscore.config import ScorerConfig, TaskConfig
-from fastscore.run_stats import RunStats
-from fastscore.total_stats import TotalStats
-from fastscore.types import InputError, Row, ScoredRow
+from fastscore.blocks import MAX_DEPTH, MIN_BLOCK_TOKENS, CutWindow, cut_windows, text_size
+from fastscore.config import ScoreConfig, TaskConfig
+from fastscore.row_parts import CHARS_PER_TOKEN, split_row
+from fastscore.tasks import expand_row, plan_row
+from fastscore.types import InputError, Pair, Row
 
-CHOICES = TaskConfig("choices")
+CHOICES, QA = TaskConfig("choices"), TaskConfig("qa")
 
 
 def row(context: str, line: int = 1) -> Row:
     return Row({"context": context, "choices": [" a", " b"]}, "r.jsonl", line)
 
 
+def passages(line: int, keys: Sequence[str], answers: Sequence[str] = ("yes",)) -> Row:
+    data = {"query": f"number {line}?", "answers": list(answers), "pos": list(keys[:1]), "neg": list(keys[1:])}
+    return Row({**data, "query_id": line}, "r.jsonl", line)
+
+
+def cut(rows: Sequence[Row], config: TaskConfig, workers: int, max_tokens: int) -> list[CutWindow]:
+    return list(cut_windows(rows, config, workers, max_tokens))
+
+
+def parts_of(window: CutWindow) -> list[list[tuple[int, Row]]]:
+    """Each block's parts, each with its row's place in the window."""
+    return [
+        [(place, window.rows[place].part(part)) for place, part in zip(cut.places, cut.parts, strict=True)]
+        for cut in window.cuts
+    ]
+
+
+def blocks_of(windows: Sequence[CutWindow]) -> list[list[Row]]:
+    return [[part for _, part in found] for window in windows for found in parts_of(window)]
+
+
+def split(row: Row, config: TaskConfig) -> list[Row]:
+    parts = split_row(row, config)
+    return [parts.part(index) for index in range(len(parts.prompts))]
+
+
+def pairs_by_number(part: Row, config: TaskConfig) -> dict[int, Pair]:
+    pairs = expand_row(part, config, list).pairs
+    return dict(zip(range(len(pairs)) if part.numbers is None else part.numbers, pairs, strict=True))
+
+
+TEXTS = st.sampled_from(["", "river", "river bank", "town", "Straße 白", "\n"])
+KEYS = st.lists(TEXTS, min_size=1, max_size=5)
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+QA_ROWS = st.builds(
+    lambda query, pos, neg, answers: {"query": query, "pos": pos, "neg": neg, "answers": answers},
+    TEXTS,
+    KEYS,
+    st.none() | KEYS,
+    st.lists(st.sampled_from(["yes", "no ", "où"]), min_size=1, max_size=3),
+)
+CHAT_ROWS = st.builds(lambda row, history: {**row, "history": history, "pos": None}, QA_ROWS, KEYS)
+LRLM_ROWS = st.builds(
+    lambda context, query, answer, keys, given: {
+        **{"context_inputs": context, "query_inputs": query, "answer_inputs": answer, "score_inputs": keys},
+        **({"pos": ["?"], "neg": ["?"] * (len(keys) - 1)} if given else {}),
+    },
+    IDS,
+    IDS,
+    IDS,
+    st.lists(IDS | st.just([]), min_size=1, max_size=5),
+    st.booleans(),
+)
+CHOICE_ROWS = st.builds(lambda context, choices: {"context": context, "choices": choices}, TEXTS, st.just(["a", "b"]))
+PLAIN_ROWS = st.builds(lambda context: {"context": context, "continuation": " so"}, TEXTS)
+BAD_ROWS = st.sampled_from([{}, {"query": 5}, {"pos": "no list", "context": [], "score_inputs": 3}])
+SCORES = st.sampled_from(
+    [ScoreConfig(), ScoreConfig(baseline="no-context"), ScoreConfig(target="query"), ScoreConfig(keep_raw=True)]
+)
+TASKS_OF_ROWS = {
+    "qa": QA_ROWS,
+    "icl": QA_ROWS,
+    "chat": CHAT_ROWS,
+    "lrlm": LRLM_ROWS,
+    "choices": CHOICE_ROWS,
+    "pairs": PLAIN_ROWS,
+}
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[list[Row], TaskConfig]:
+    task = draw(st.sampled_from(sorted(TASKS_OF_ROWS)))
+    data = draw(st.lists(TASKS_OF_ROWS[task] | BAD_ROWS, max_size=12))
+    score = draw(SCORES) if task not in ("choices", "pairs") else ScoreConfig()
+    answers = draw(st.sampled_from(["first", "all", "sample"])) if score.target == "answer" else "first"
+    rows = [Row({**found, "query_id": line}, "r.jsonl", line) for line, found in enumerate(data, start=1)]
+    return rows, TaskConfig(task, answers=answers, score=score)
+
+
+@given(jobs(), st.integers(1, 4), st.integers(1, 60))
+def test_every_pair_of_every_row_is_in_one_part(
+    job: tuple[list[Row], TaskConfig], workers: int, max_tokens: int
+) -> None:
+    rows, config = job
+    windows = cut(rows, config, workers, max_tokens)
+    assert [found.row for window in windows for found in window.rows] == rows
+    for window in windows:
+        found: list[list[Row]] = [[] for _ in window.rows]
+        for block in parts_of(window):
+            assert block
+            for place, part in pickle.loads(pickle.dumps(block)):
+                found[place].append(part)
+        for whole, parts in zip([row.row for row in window.rows], found, strict=True):
+            assert all((part.path, part.line) == (whole.path, whole.line) for part in parts)
+            try:
+                expected = expand_row(whole, config, list).pairs
+            except InputError:
+                assert parts == [whole], "whoever scores it says what is wrong"
+                continue
+            together: dict[int, Pair] = {}
+            for part in parts:
+                pairs = pairs_by_number(part, config)
+                assert not together.keys() & pairs.keys()
+                together |= pairs
+            assert together == dict(enumerate(expected))
+
+
 @given(st.lists(st.integers(1, 3000), max_size=60), st.integers(1, 5), st.integers(1, 500))
-def test_every_row_once_in_order_and_no_block_too_large(lengths: list[int], workers: int, max_tokens: int) -> None:
+def test_no_block_and_no_window_is_too_large(lengths: list[int], workers: int, max_tokens: int) -> None:
     rows = [row("x" * length, line) for line, length in enumerate(lengths, start=1)]
-    blocks = list(cut_blocks(rows, CHOICES, workers, max_tokens))
-    assert [found for block in blocks for found in block.rows] == rows
-    assert [block.index for block in blocks] == list(range(len(blocks)))
-    for block in blocks:
-        sizes = [text_size(found) for found in block.rows]
+    windows = cut(rows, CHOICES, workers, max_tokens)
+    for block in blocks_of(windows):
+        sizes = [text_size(found) for found in block]
         assert sum(sizes[:-1]) < max_tokens * CHARS_PER_TOKEN
+    for window in windows:
+        sizes = [text_size(found.row) for found in window.rows]
+        assert sum(sizes[:-1]) < workers * max_tokens * CHARS_PER_TOKEN
+
+
+def test_a_passage_is_in_one_block_wherever_its_rows_stand() -> None:
+    # Sixty passages, each in rows far apart: by rows, every block would compute most of them.
+    texts = [f"{number} " + chr(0x4E00 + number) * 6000 for number in range(60)]
+    rows = [passages(line, [texts[(7 * line + 11 * i) % 60] for i in range(8)]) for line in range(120)]
+    (window,) = cut(rows, QA, 4, 4_000_000)
+    assert len(window.cuts) > 4
+    blocks_with = {
+        text: sum(any(text in part.data["pos"] for _, part in block) for block in parts_of(window)) for text in texts
+    }
+    assert set(blocks_with.values()) == {1}
+    sizes = [len({part.data["pos"][0] for _, part in block}) for block in parts_of(window)]
+    assert sizes[0] == pytest.approx(60 / 8, abs=1), "shared texts count once in a block's size"
+
+
+def test_a_long_prefix_is_not_computed_again_for_a_few_rows() -> None:
+    # What all share is twice the smallest block: cut by size alone, each block would hold it for one row's sake.
+    common = "x" * (2 * MIN_BLOCK_TOKENS * CHARS_PER_TOKEN)
+    rows = [row(common + f"{line:04}" + "y" * 200, line) for line in range(3000)]
+    blocks = blocks_of(cut(rows, CHOICES, 2, 1_000_000_000))
+    assert len(blocks) > 1
+    assert len(common) * (len(blocks) - 1) <= 200 * 3000 / 10
+    # Its length is bounded all the same.
+    blocks = blocks_of(cut(rows, CHOICES, 2, 100_000))
+    assert all(sum(map(text_size, block[:-1])) < 100_000 * CHARS_PER_TOKEN for block in blocks)
+
+
+def test_a_baseline_is_in_the_first_candidates_part_only() -> None:
+    config = TaskConfig("qa", answers="all", score=ScoreConfig(baseline="no-context"))
+    parts = split(passages(1, ["a", "b", "c"], ["x", "y"]), config)
+    assert [part.numbers for part in parts] == [(0, 1, 6, 7), (2, 3), (4, 5)]
+    assert [len(expand_row(part, config, list).pairs) for part in parts] == [4, 2, 2]
+
+
+def test_what_a_part_says_where_it_came_from() -> None:
+    whole = passages(7, ["a", "b", "c"], ["x", "y"])
+    config = TaskConfig("qa", answers="all", score=ScoreConfig(baseline="no-context"))
+    expanded = [expand_row(found, config, list) for found in [whole, *split(whole, config)]]
+    assert [expanded[0].place(index) for index in (0, 3, 5, 7)] == [
+        f"r.jsonl:7: {what}" for what in ("candidate 0", "candidate 1", "candidate 2", "the baseline")
+    ]
+    assert [found.place(1) for found in expanded[1:]] == [f"r.jsonl:7: candidate {number}" for number in range(3)]
+    assert expanded[1].place(3) == "r.jsonl:7: the baseline"
+
+
+def test_a_template_that_reads_other_lists_as_text_keeps_them() -> None:
+    config = TaskConfig(template="{pos}: {key} {query} | {answer}")
+    data = {"pos": "a text", "history": ["one", "two"], "query": "q", "answer": "yes"}
+    parts = split(Row(data, "r.jsonl", 1), config)
+    assert [part.data["history"] for part in parts] == [["one"], ["two"]]
+    assert [pairs_by_number(part, config) for part in parts] == [
+        {number: pair} for number, pair in enumerate(expand_row(Row(data), config, list).pairs)
+    ]
 
 
 def test_prompts_of_a_chat_are_compared_without_its_template() -> None:
     config = TaskConfig("choices", chat_template=True, system_prompt="Be brief.")
-    rows = [row("x" * 3000, line) for line in range(40)]
-    blocks = list(cut_blocks(rows, config, 2, 4_000_000))
-    assert len(blocks) > 2
-    assert [found for block in blocks for found in block.rows] == rows
+    rows = [row(f"{line:03}" + chr(0x4E00 + line) * 3000, line) for line in range(40)]
+    (window,) = cut(rows, config, 2, 4_000_000)
+    assert len(window.cuts) > 2
+    assert blocks_of([window]) != [rows]
+    assert [found for block in blocks_of([window]) for found in block] == rows
 
 
 def test_what_no_other_process_could_be_sent_is_named() -> None:
@@ -49,174 +210,81 @@ def test_what_no_other_process_could_be_sent_is_named() -> None:
     for _ in range(MAX_DEPTH - 1):
         nested = [nested]
     fits = Row({**row("a").data, "notes": nested}, "r.jsonl", 8)
-    (block,) = cut_blocks([fits], CHOICES, 2, 1000)
-    assert pickle.loads(pickle.dumps(block)).rows == [fits]
+    assert pickle.loads(pickle.dumps(blocks_of(cut([fits], CHOICES, 2, 1000)))) == [[fits]]
     deeper = Row({**row("a").data, "notes": {"more": nested}}, "r.jsonl", 9)
     with pytest.raises(InputError, match=r"r\.jsonl:9: nested more than 200 deep: it can't be sent"):
-        list(cut_blocks([fits, deeper], CHOICES, 2, 1000))
+        cut([fits, deeper], CHOICES, 2, 1000)
 
 
 def test_all_workers_get_some_of_it_and_the_last_blocks_are_small() -> None:
     rows = [row(chr(0x4E00 + line) + "x" * 999, line) for line in range(400)]
-    sizes = [len(block.rows) for block in cut_blocks(rows, CHOICES, 4, 4_000_000)]
+    sizes = [len(block) for block in blocks_of(cut(rows, CHOICES, 4, 4_000_000))]
     assert sizes[0] == pytest.approx(400 / 8, abs=1)
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-2] == -(-MIN_BLOCK_TOKENS * CHARS_PER_TOKEN // 1002)
+    assert sizes[-2] == -(-MIN_BLOCK_TOKENS * CHARS_PER_TOKEN // 1004)
 
 
-def test_no_more_is_read_than_the_blocks_ahead() -> None:
+def test_where_much_is_shared_there_is_work_for_all_in_every_window() -> None:
+    # Forty rows a text: a window has a hundred thousand tokens, and two thousand of them differ.
+    rows = [row(chr(0x4E00 + line // 40) * 4000 + f"{line:04}", line) for line in range(800)]
+    windows = cut(rows, CHOICES, 2, 100_000)
+    assert len(windows) > 3
+    assert all(len(window.cuts) >= 2 for window in windows[:-1])
+
+
+def test_one_worker_takes_all_there_is() -> None:
+    rows = [row(chr(0x4E00 + line) + "x" * 999, line) for line in range(400)]
+    assert len(blocks_of(cut(rows, CHOICES, 1, 4_000_000))) == 1
+
+
+def test_no_more_is_read_than_a_window_and_a_row() -> None:
     read = 0
 
     def endless() -> Iterator[Row]:
         nonlocal read
         while True:
             read += 1
-            yield row("x" * 396)
+            yield row(chr(0x4E00 + read) + "x" * 395)
 
-    blocks = cut_blocks(endless(), CHOICES, 2, 1000)
-    assert len(next(blocks).rows) == 10
-    assert read == 40
+    windows = cut_windows(endless(), CHOICES, 2, 1000)
+    window = next(windows)
+    assert (len(window.rows), [len(block) for block in blocks_of([window])]) == (20, [10, 10])
+    assert read == 21
 
 
-def test_rows_that_share_a_prefix_stay_together() -> None:
+def test_blocks_end_where_little_is_shared() -> None:
     # Three texts of some length, each asked about by several rows: blocks end where the text changes.
-    rows = [row(f"{text} " * 100 + f"question {i}", i) for text in ("river", "town", "house") for i in range(10)]
-    blocks = list(cut_blocks(rows, CHOICES, 1, 1700))
-    texts = [{found.data["context"].split()[0] for found in block.rows} for block in blocks]
-    assert texts == [{"river"}, {"town"}, {"house"}]
+    rows = [row(f"{text} " * 100 + f"question {i}", i) for i in range(10) for text in ("river", "town", "house")]
+    blocks = blocks_of(cut(rows, CHOICES, 3, 1700))
+    assert [{found.data["context"].split()[0] for found in block} for block in blocks] == [
+        {"house"},
+        {"river"},
+        {"town"},
+    ]
 
 
-def test_a_bad_row_shares_nothing_and_is_dealt_like_others() -> None:
+def test_a_bad_row_is_dealt_like_others() -> None:
     rows = [row("x" * 100), Row({"context": 5}, "r.jsonl", 2), row("x" * 100)]
-    assert [found for block in cut_blocks(rows, CHOICES, 1, 20) for found in block.rows] == rows
+    windows = cut(rows, CHOICES, 1, 20)
+    assert sorted(found.line or 0 for block in blocks_of(windows) for found in block) == [1, 1, 2]
 
 
-def test_rows_that_only_a_tokenizer_expands_are_cut_all_the_same() -> None:
-    talk = [{"role": "user", "content": "hello " * 20}]
-    rows = [Row({"prompt": talk, "chosen": talk, "rejected": talk}, "r.jsonl", line) for line in range(6)]
-    assert len(list(cut_blocks(rows, TaskConfig("preference"), 1, 60))) > 1
-    chat = TaskConfig("choices", chat_template=True)
-    assert len(list(cut_blocks([row("x" * 100, line) for line in range(6)], chat, 1, 30))) > 1
+def test_rows_that_only_a_tokenizer_expands_are_sorted_by_what_they_say() -> None:
+    def talk(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text * 20}]
 
-
-@pytest.mark.parametrize(
-    ("before", "after", "shared"),
-    [
-        ([], ["a"], 0),
-        (["abc", "abd"], ["abd", "abe"], 3 + 2),
-        (["b"], ["a", "c"], 0),
-        (["abcdef"], ["abc"], 3),
-        ([(1, 2, 3)], [(1, 2, 4), (2,)], 2),
-        ([(1, 2)], ["12"], 0),
-    ],
-)
-def test_shared_size(before: list[Any], after: list[Any], shared: int) -> None:
-    assert shared_size(before, after) == shared
-
-
-def result(index: int, worker: str = "0", **stats: Any) -> BlockScores:
-    return BlockScores(index, worker, stats=RunStats(**stats))
-
-
-def test_dealt_blocks_come_back_in_order_and_only_so_many_are_open() -> None:
-    dealt = Dealt((Block(index, []) for index in range(5)), 3)
-    claimed = [block for block in (dealt.claim() for _ in range(4)) if block is not None]
-    assert [block.index for block in claimed] == [0, 1, 2]
-    assert not dealt.may_claim
-    dealt.finish(result(2))
-    dealt.finish(result(1))
-    assert dealt.next_finished() is None
-    dealt.finish(result(0))
-    again = result(0)
-    dealt.finish(again)  # a block that was done twice
-    found = [dealt.next_finished() for _ in range(4)]
-    assert [pair and pair[1].index for pair in found] == [0, 1, 2, None]
-    dealt.finish(again)
-    assert dealt.next_finished() is None
-    assert [block.index for block in iter(dealt.claim, None)] == [3, 4]
-    assert not dealt.is_done
-    dealt.finish(result(4))
-    dealt.finish(result(3))
-    assert [dealt.next_finished() is not None for _ in range(3)] == [True, True, False]
-    assert dealt.is_done
-
-
-def test_totals_are_sums_and_the_seconds_of_the_busiest() -> None:
-    total = TotalStats(2)
-    stats = total.stats
-    for part in (result(0, "a", pairs=2, seconds=3.0), result(1, "b", pairs=5, seconds=4.0), result(2, "a", seconds=2)):
-        total.add(part)
-    assert total.stats is stats
-    assert (stats.pairs, stats.seconds) == (7, 5.0)
-    assert total.pairs == {"a": 2, "b": 5}
-    running = total.with_running({"b": RunStats(pairs=1, seconds=2.5)})
-    assert (running.pairs, running.seconds) == (8, 6.5)
-    assert (stats.pairs, stats.seconds) == (7, 5.0)
-
-
-def test_workers_are_busy_from_their_first_batch_to_the_end_of_the_job() -> None:
-    total = TotalStats(2)
-    assert total.busy() is None
-    total.add(replace(result(0, "a", seconds=4.0), began=100.0, ended=105.0))
-    total.add(replace(result(1, "b", seconds=3.0), began=102.0, ended=106.0))
-    total.add(replace(result(2, "a", seconds=4.5), began=105.5, ended=110.0))
-    total.add(result(3, "b"))  # nothing was scored of it
-    total.end_job()
-    assert total.busy() == pytest.approx((8.5 + 3) / (10 + 8), abs=1e-4)
-    # Another file, much later, with other workers, one of which dies after its first block.
-    total.add(replace(result(0, "c", seconds=2.0), began=500.0, ended=503.0))
-    total.add(replace(result(1, "d", seconds=9.0), began=500.0, ended=510.0))
-    total.add(replace(result(2, "e", seconds=5.0), began=504.0, ended=509.5))
-    total.end_job()
-    assert total.busy() == pytest.approx((11.5 + 2 + 9 + 5) / (18 + 3 + 10 + 6), abs=1e-4)
-    about = total.describe("ray")
-    assert about["busy"] == total.busy()
-    assert about["seconds_by_worker"] == {"a": 8.5, "b": 3.0, "c": 2.0, "d": 9.0, "e": 5.0}
-
-
-class Scorer:
-    """Scores a row by the length of its context; one without is bad."""
-
-    def __init__(self) -> None:
-        self.stats = RunStats()
-
-    def describe(self) -> dict[str, Any]:
-        return {"model": "none"}
-
-    def stream_rows(
-        self, rows: list[Row], config: TaskConfig, *, on_bad_row: Any, on_progress: Any, cache: Any
-    ) -> Iterator[ScoredRow]:
-        for found in rows:
-            if found.data["context"] == "stop":
-                raise OSError("no more\nof this")
-            if not found.data["context"]:
-                on_bad_row(found, found.error("empty"))
-                continue
-            self.stats.pairs += 1
-            on_progress(replace(self.stats))
-            yield ScoredRow(found, (float(len(found.data["context"])),), ())
-
-
-def test_a_block_through_a_scorer_and_back() -> None:
-    rows = [row("abc"), row(""), row("ab")]
-    job, scorer, seen = Job(ScorerConfig(), CHOICES, skip_bad_rows=True), Scorer(), list[RunStats]()
-    for _ in range(2):  # what a scorer did before is not counted again
-        found = score_block(scorer, None, job, Block(0, rows), seen.append)
-        assert found.stats.pairs == 2
-        assert found.description == {"model": "none"}
-    assert [stats.pairs for stats in seen] == [1, 2, 1, 2]
-    assert all(scored.row.data == {} for _, scored in found.scored)
-    bad = list[tuple[Row, InputError]]()
-    hand_on_bad(Block(0, rows), found, lambda *pair: bad.append(pair))
-    back = list(scored_rows(Block(0, rows), found))
-    assert [(scored.row, scored.teacher_scores) for scored in back] == [(rows[0], (3.0,)), (rows[2], (2.0,))]
-    assert [(found_row is rows[1], str(error)) for found_row, error in bad] == [(True, "r.jsonl:1: empty")]
-
-
-def test_what_ends_a_block_is_raised_after_the_rows_before_it() -> None:
-    rows = [row("abc"), row("stop"), row("ab")]
-    found = sendable(score_block(Scorer(), None, Job(ScorerConfig(), CHOICES, False), Block(0, rows), id))
-    back = scored_rows(Block(0, rows), found)
-    assert next(back).row is rows[0]
-    with pytest.raises(RuntimeError, match=r"^OSError: no more$"):
-        next(back)
+    topics = ["hello ", "goodbye ", "hello ", "goodbye "]
+    preferences = [
+        Row({"prompt": talk(text), "chosen": talk("a"), "rejected": talk("b")}, "r.jsonl", line)
+        for line, text in enumerate(topics)
+    ]
+    conversations = [
+        Row({"context": talk(text), "choices": [" a", " b"]}, "r.jsonl", line) for line, text in enumerate(topics)
+    ]
+    for rows, config in (
+        (preferences, TaskConfig("preference")),
+        (conversations, TaskConfig("choices", chat_template=True)),
+    ):
+        assert plan_row(rows[0], config).num_pairs == 2
+        (window,) = cut(rows, config, 1, 4_000_000)
+        assert [found.line for block in blocks_of([window]) for found in block] == [1, 3, 0, 2]

@@ -108,7 +108,7 @@ def test_after_every_batch_what_is_whole_is_there(
     beside: bool, llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stops after any number of batches has kept the requests whose last answer token was in one of them."""
-    monkeypatch.setattr("fastscore.scorer.runs_beside_host", lambda device: beside)
+    monkeypatch.setattr("fastscore.row_stream.runs_beside_host", lambda device: beside)
     pairs = token_pairs(40)
     reference = scorer_of(llama, None, max_batch_tokens=30, deterministic=False)
     expected = streamed(reference, pairs)
@@ -313,7 +313,7 @@ def test_a_device_that_runs_out_of_memory_for_good_loses_nothing_scored(llama: P
 def test_a_source_that_dies_in_its_thread_loses_nothing_scored(
     llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastscore.scorer.runs_beside_host", lambda device: True)
+    monkeypatch.setattr("fastscore.row_stream.runs_beside_host", lambda device: True)
     monkeypatch.setattr("fastscore.windows.TOKENISED_PAIRS", 5)
     pairs = token_pairs(40)
 

@@ -40,7 +40,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fastscore.scorer.runs_beside_host", lambda device: True)
+    monkeypatch.setattr("fastscore.row_stream.runs_beside_host", lambda device: True)
     yield
     assert threads() == [], "no thread outlives its stream"
 
@@ -75,7 +75,7 @@ def test_the_same_scores_in_the_same_order(window: int, llama: Path, monkeypatch
     in_turn, other = (scorer_of(llama, window_tokens=window, max_batch_tokens=25) for _ in range(2))
     seen: list[RunStats] = []
     expected = list(in_turn.stream_rows(rows(), CHOICES))
-    monkeypatch.setattr("fastscore.scorer.runs_beside_host", lambda device: True)
+    monkeypatch.setattr("fastscore.row_stream.runs_beside_host", lambda device: True)
     found = list(other.stream_rows(rows(), CHOICES, on_progress=seen.append))
     assert found == expected
     assert counted(other.stats) == counted(in_turn.stats)
@@ -298,7 +298,7 @@ def test_streams_and_pairs_at_once(llama: Path, beside: None) -> None:
     for one, other, expected in both:
         assert one == other == expected
         assert scorer.score([("row 1:", " river")]) == pair
-    assert len(scorer._spare_tokenizers) == 2, "made once for each of the streams that ran at the same time"
+    assert len(scorer._rows._spare_tokenizers) == 2, "made once for each of the streams that ran at the same time"
 
 
 class Quiet:

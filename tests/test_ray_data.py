@@ -20,6 +20,7 @@ from tiny_models import make_tiny_model
 from fastscore import InputError, Scorer
 from fastscore.cli import main
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.run_stats import RunStats
 from fastscore.types import Row
 
 ray_data = pytest.importorskip("fastscore.integrations.ray_data", exc_type=InputError)
@@ -68,20 +69,30 @@ def run(*arguments: str | Path) -> int:
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_block_repeated(model: Path, open_scorer: Any) -> None:
-    expected = score_with_one(model, 800)
-    scorer = open_scorer(config(model, window_tokens=4000))
-    found = []
-    for scored in scorer.stream_rows(rows(800), QA):
-        if not found:
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if "MapWorker" in " ".join(process.cmdline()[:1])
-            ]
-            assert len(workers) == 2
-            os.kill(workers[0].pid, signal.SIGKILL)
-            workers[0].wait(20)
-        found.append(scored.teacher_scores)
+    long = rows(600)
+    for row in long:  # so that a worker is in the middle of a block, and not between two
+        row.data["query"] = " ".join([row.data["query"]] * 12)
+    one = config(model, window_tokens=100_000)
+    expected = [scored.teacher_scores for scored in Scorer.from_config(one).stream_rows(long, QA)]
+    scorer = open_scorer(one)
+    killed = list[int]()
+
+    def kill_one(stats: RunStats) -> None:
+        """When both are at work, and have more to do."""
+        if killed or len(scorer.describe()["pairs_by_worker"]) < 2:
+            return
+        workers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "MapWorker" in " ".join(process.cmdline()[:1])
+        ]
+        assert len(workers) == 2
+        killed.append(workers[0].pid)
+        os.kill(workers[0].pid, signal.SIGKILL)
+        workers[0].wait(20)
+
+    found = [scored.teacher_scores for scored in scorer.stream_rows(long, QA, on_progress=kill_one)]
+    assert killed
     assert found == expected
     about = scorer.describe()
     assert (about["engine"], about["workers"], len(about["pairs_by_worker"])) == ("ray", 2, 2)

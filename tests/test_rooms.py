@@ -66,13 +66,16 @@ ROOMS: dict[str, Room] = {
     "padding": room(1, "types ranges", frozenset({"numpy", "torch"})),
     "sampling": room(1, "types"),
     "windows": room(1, "types config chat tasks tokenization"),
-    "blocks": room(1, "types config tasks tokenization"),
+    "row_parts": room(1, "types config tasks"),
+    "blocks": room(1, "types config row_parts tokenization"),
     "fingerprint": room(1, "types"),
     "cache_blocks": room(1, "types ranges", frozenset({"numpy"})),
     "mounts": room(1, ""),
     "cache_file": room(1, "types mounts"),
     "block_scores": room(1, "types run_stats config blocks cache_file"),
     "total_stats": room(1, "run_stats block_scores"),
+    "aggregate": room(1, "types config"),
+    "dealt": room(1, "types config aggregate windows row_parts blocks block_scores"),
     "cache": room(1, "types ranges fingerprint garbage cache_blocks cache_file", frozenset({"numpy"})),
     "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
@@ -106,7 +109,6 @@ ROOMS: dict[str, Room] = {
         MODEL | {"peft", "accelerate"},
     ),
     "execution": room(3, "types language_model answer_head"),
-    "aggregate": room(3, "types config"),
     "identity": room(
         3,
         "kernels/ types config fingerprint language_model model_source packed_forward",
@@ -118,6 +120,9 @@ ROOMS: dict[str, Room] = {
     "launch": room(3, "types run_stats interrupts language_model execution aggregate kept_scores"),
     "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
+ROOMS["row_stream"] = room(
+    3, "types config run_stats aggregate chat tokenization windows models language_model kept_scores launch pipeline"
+)
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
 # What every edge may import: the scorer and level 1.
 _EDGE = " ".join(["__init__", "scorer", *(key for key, entry in ROOMS.items() if entry.level == 1)])

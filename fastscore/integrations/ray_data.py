@@ -1,7 +1,7 @@
 """Scoring on a Ray cluster: a Ray Data pipeline whose actors hold one scorer each; its ends are in this process.
 
-Rows are read and written here, as in any run. In between, ``read_datasource`` gives blocks of neighbouring rows as
-they are asked for, and ``map_batches`` scores them on a pool of actors. Blocks wait on a shelf (an actor) until their
+Rows are read and written here, as in any run. In between, ``read_datasource`` gives blocks of pairs as they are asked
+for, and ``map_batches`` scores them on a pool of actors. Blocks wait on a shelf (an actor) until their
 scores are here, so that whatever Ray does again finds them.
 """
 
@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -19,10 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import fastscore
-from fastscore.block_scores import BlockScores, Dealt, Job, hand_on_bad, score_block, scored_rows, sendable
-from fastscore.blocks import Block, cut_blocks
+from fastscore.block_scores import BlockScores, Job, score_block, sendable
+from fastscore.blocks import Block, CutWindow, cut_windows
 from fastscore.cache_file import CacheAt
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.dealt import Dealt, FinishedRow, hand_on
+from fastscore.read_ahead import ReadAhead, locked, until
 from fastscore.run_stats import RunStats
 from fastscore.total_stats import TotalStats
 from fastscore.types import InputError, Row, ScoredRow
@@ -37,9 +40,6 @@ try:
     from fastscore.ray_shelf import Blocks, Shelf
 except ImportError as missing:
     raise InputError("--engine ray needs Ray Data: pip install 'fastscore[ray]'") from missing
-
-BLOCKS_AHEAD = 4
-"""Blocks for each worker that may be unwritten, because one before them is not finished."""
 
 MOST_TRIES = 4
 """How often a block is begun that takes its worker with it; Ray itself would never give up."""
@@ -173,7 +173,7 @@ class RayScorer:
         on_progress: Callable[[RunStats], None] | None = None,
         cache: ClusterCache | None = None,
     ) -> Generator[ScoredRow, None, None]:
-        """As :meth:`fastscore.Scorer.stream_rows`; ``rows`` are read in a thread.
+        """As :meth:`fastscore.Scorer.stream_rows`; ``rows`` are read in a thread, a window ahead.
 
         A worker that dies is replaced by Ray, and the block that it had is scored again.
         """
@@ -181,20 +181,38 @@ class RayScorer:
         cache = ClusterCache(None) if cache is None else cache
         job = Job(self.config, task_config, on_bad_row is not None, cache.place)
         cache.start()
-        blocks = cut_blocks(rows, task_config, workers, self.config.window_tokens)
-        shelf = Shelf(Dealt(blocks, BLOCKS_AHEAD * workers))
-        with shelf, closing(self._results(shelf, job, cache)) as results:
+        reading = threading.Lock()  # held where a bad row is told of
+
+        def windows(stopped: threading.Event) -> Iterator[CutWindow]:
+            wanted = until(stopped, locked(reading, rows))
+            return cut_windows(wanted, task_config, workers, self.config.window_tokens)
+
+        with (
+            ReadAhead(windows) as ahead,
+            Shelf(Dealt(iter(ahead))) as shelf,
+            closing(self._results(shelf, job, cache)) as results,
+        ):
             for _ in results:
-                for block, result in shelf.finished():
-                    self._total.add(result)
-                    self._description = result.description or self._description
-                    cache.told(result.cache_trouble)
-                    shelf.locked(hand_on_bad, block, result, on_bad_row)
-                    yield from scored_rows(block, result)
-                    if on_progress is not None:
-                        on_progress(replace(self.stats))
-        shelf.check()
+                yield from hand_on(self._finished(shelf, cache), task_config, on_bad_row, reading)
+                if on_progress is not None:
+                    on_progress(replace(self.stats))
+            shelf.check()
         self._total.end_job()
+
+    def _finished(self, shelf: Shelf, cache: ClusterCache) -> Iterator[FinishedRow]:
+        """Rows in their order, as far as everything of them has come.
+
+        Raises:
+            Exception: what ended a block.
+        """
+        while (result := shelf.next_result()) is not None:
+            self._total.add(result)
+            self._description = result.description or self._description
+            cache.told(result.cache_trouble)
+            if result.error is not None:
+                raise result.error
+        while (row := shelf.next_row()) is not None:
+            yield row
 
     def _results(self, shelf: Shelf, job: Job, cache: ClusterCache) -> Generator[None, None, None]:
         """Each time a block is back on the shelf."""
@@ -209,7 +227,7 @@ class RayScorer:
             num_cpus=pool.cpus,
         )
         dataset.context.enable_progress_bars = False
-        # One block of rows is one of Ray Data's: it would put small ones together, and wait for the next.
+        # One block of pairs is one of Ray Data's: it would put small ones together, and wait for the next.
         dataset.context.target_max_block_size = 1
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             for data in batch.column("scores").to_pylist():
@@ -235,7 +253,7 @@ class ScoreBlocks:
     def _score(self, block: Block) -> BlockScores:
         worker = str(ray.get_runtime_context().get_actor_id())
         if (tries := ray.get(self._shelf.begin.remote(block.index))) > MOST_TRIES:
-            place = block.rows[0].error(f"this row and those after it ended their worker {MOST_TRIES} times")
+            place = block.rows[0].error(f"this row and others of its block ended their worker {MOST_TRIES} times")
             return BlockScores(block.index, worker, error=RuntimeError(str(place)))
         try:
             self._load()

@@ -1,4 +1,4 @@
-"""Blocks of rows through a scorer somewhere else, and what comes of them, fit to travel."""
+"""Blocks of pairs through a scorer somewhere else, and what comes of them, fit to travel."""
 
 from __future__ import annotations
 

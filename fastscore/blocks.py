@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from fastscore.config import TaskConfig
-from fastscore.row_parts import CHARS_PER_TOKEN, Prompt, RowParts, prompt_size, split_row
+from fastscore.row_parts import CHARS_PER_TOKEN, Prompt, RowParts, SplitRow, prompt_size, split_row
 from fastscore.tokenization import common_length
 from fastscore.types import Row
 
@@ -22,7 +24,10 @@ _NEAR = 32
 _EARLIEST_CUT = 0.75
 """A block ends between this part of its size and the whole of it, where it shares least with what follows."""
 _COMPUTED_TWICE = 1 / 16
-"""It goes on when it would share more than this part of itself, since another worker would compute that again."""
+"""It goes on when it would share more than this part of itself, since another worker would compute that again; unless
+workers would have nothing to do meanwhile."""
+_READ_AHEAD = 1.5
+"""In windows: so that what is left for the last is not little, and is dealt in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +62,30 @@ def cut_windows(rows: Iterable[Row], config: TaskConfig, workers: int, max_token
     ``2 * workers``-th of the window, and in the last one of what is left of it, so that all workers end together
     (guided self-scheduling, Polychronopoulos and Kuck, 1987; one worker has nobody to end together with, and takes
     all). It has at least :data:`MIN_BLOCK_TOKENS` and at most :data:`MAX_BLOCK_TOKENS`, where what its pairs share
-    counts once, and its texts at most ``max_tokens``, a worker's own window. Tokens are guessed from texts' length.
+    counts once, and its texts at most ``max_tokens``, a worker's own window. Tokens are guessed from texts' length. The
+    last window is larger or smaller than others by up to a half.
 
     Raises:
         InputError: a row can't be sent to another process.
     """
     wanted = max(max_tokens, workers * min(max_tokens, MAX_BLOCK_TOKENS)) * CHARS_PER_TOKEN
-    source = iter(rows)
-    following = next(source, None)
-    while following is not None:
-        window: list[RowParts] = []
-        size = 0
-        while following is not None and size < wanted:
-            size += text_size(following)
-            window.append(split_row(following, config))
-            following = next(source, None)
-        shares = 2 * workers if workers > 1 else 1
-        yield CutWindow(window, _cuts(window, shares, max_tokens, is_last=following is None))
+    ahead, sizes, total = deque[SplitRow](), deque[int](), 0
+    for row in rows:
+        size = text_size(row)
+        ahead.append(split := split_row(row, config))
+        sizes.append(max(size, _size_of_all(split)))
+        total += sizes[-1]
+        if total < wanted * _READ_AHEAD:
+            continue
+        window, size = [ahead.popleft()], sizes.popleft()
+        while sizes and size + sizes[0] <= wanted:
+            window.append(ahead.popleft())
+            size += sizes.popleft()
+        total -= size
+        yield _cut(window, workers, max_tokens, is_last=False)
+        del window  # not in memory while the next is read
+    if ahead:
+        yield _cut(ahead, workers, max_tokens, is_last=True)
 
 
 def text_size(row: Row) -> int:
@@ -102,14 +114,18 @@ def text_size(row: Row) -> int:
     return size
 
 
+def _size_of_all(row: SplitRow) -> int:
+    """Characters of all its prompts, which have its query each, and of all its answers."""
+    return sum(map(prompt_size, row.prompts)) + len(row.prompts) * row.answers_size
+
+
 class _Order:
     """The parts of a window, sorted by their prompts.
 
-    own: of each, characters that it doesn't share with the one before; whole: all its characters.
-    shared: the difference between them.
+    whole: of each, all its characters; shared: those of them that the one before begins with.
     """
 
-    def __init__(self, rows: Sequence[RowParts]) -> None:
+    def __init__(self, rows: Sequence[SplitRow]) -> None:
         places = [place for place, row in enumerate(rows) for _ in row.prompts]
         parts = [part for row in rows for part in range(len(row.prompts))]
         prompts = [prompt for row in rows for prompt in row.prompts]
@@ -119,37 +135,46 @@ class _Order:
         self.places = [places[i] for i in order]
         self.parts = [parts[i] for i in order]
         self.shared = [0, *(_shared(prompts[before], prompts[after]) for before, after in pairwise(order))]
-        self.whole = [prompt_size(prompts[i]) + rows[places[i]].answers_size for i in order]
+        answers = [row.answers_size for row in rows]
+        self.whole = [prompt_size(prompts[i]) + answers[places[i]] for i in order]
 
-    def end_of_block(self, start: int, wanted: int, most: int) -> int:
+    def end_of_block(self, start: int, wanted: int, enough: float, most: int) -> int:
         """Where a block ends that begins at ``start``: where least is shared with what follows, at the latest of
-        several such places. ``wanted``: characters that are not shared within the block; ``most``: of all its texts."""
+        several such places.
+
+        wanted: characters that are not shared within the block. enough: when it ends in any case. most: of its texts.
+        """
         best, least_shared = 0, -1
         size, whole = self.shared[start], 0  # the first has nobody to share with
         for stop in range(start + 1, len(self.whole)):
             whole += self.whole[stop - 1]
             size += self.whole[stop - 1] - self.shared[stop - 1]
-            may_end = size >= wanted * _EARLIEST_CUT and self.shared[stop] <= size * _COMPUTED_TWICE
-            if (may_end or whole >= most * _EARLIEST_CUT) and (least_shared < 0 or self.shared[stop] <= least_shared):
-                best, least_shared = stop, self.shared[stop]
+            shared = self.shared[stop]
+            must_end = whole >= most * _EARLIEST_CUT or size >= max(enough, 2 * shared)
+            may_end = size >= wanted * _EARLIEST_CUT and shared <= size * _COMPUTED_TWICE
+            if (may_end or must_end) and (least_shared < 0 or shared <= least_shared):
+                best, least_shared = stop, shared
             if best and (size >= wanted or whole >= most):
                 return best
         return len(self.whole)
 
 
-def _cuts(rows: Sequence[RowParts], shares: int, max_tokens: int, is_last: bool) -> list[Cut]:
-    """The pairs of a window in blocks: each a ``shares``-th of it, or of what is left."""
+def _cut(rows: Sequence[SplitRow], workers: int, max_tokens: int, is_last: bool) -> CutWindow:
+    """A window in blocks: each a ``2 * workers``-th of it, or of what is left."""
     order = _Order(rows)
     left = sum(order.whole) - sum(order.shared)
     least, most = (CHARS_PER_TOKEN * min(max_tokens, size) for size in (MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS))
+    enough = left / workers if workers > 1 else math.inf
+    shares = 2 * workers if workers > 1 else 1
     found, start = [], 0
     while start < len(order.whole):
-        stop = order.end_of_block(start, max(least, min(most, left // shares)), max_tokens * CHARS_PER_TOKEN)
+        wanted = max(least, min(most, left // shares))
+        stop = order.end_of_block(start, wanted, max(wanted, enough), max_tokens * CHARS_PER_TOKEN)
         if is_last:
             left -= sum(order.whole[start:stop]) - sum(order.shared[start:stop])
         found.append(Cut(order.places[start:stop], order.parts[start:stop]))
         start = stop
-    return found
+    return CutWindow([row.parts for row in rows], found)
 
 
 def _shared(before: Prompt, after: Prompt) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastscore.aggregate import Scores, scored_row
@@ -68,11 +68,13 @@ def hand_on(
 class Dealt:
     """Blocks that are with a worker or wait for their turn, and rows that wait for the rest of their scores.
 
-    Not for several threads at once.
+    Not for several threads at once. ``is_ready`` says whether the next of the ``windows`` is there without waiting.
     """
 
-    def __init__(self, windows: Iterator[CutWindow]) -> None:
+    def __init__(self, windows: Iterator[CutWindow], is_ready: Callable[[], bool] = lambda: True) -> None:
         self._windows = windows
+        self._is_ready = is_ready
+        self._failure: Exception | None = None
         self._undealt: deque[tuple[Sequence[_OpenRow], Cut]] = deque()
         self._rows: deque[deque[_OpenRow]] = deque()
         self._blocks: dict[int, tuple[Sequence[_OpenRow], Sequence[Row]]] = {}
@@ -93,14 +95,26 @@ class Dealt:
     @property
     def may_claim(self) -> bool:
         """Whether there may be another block, and so few rows before it are unwritten that memory stays bounded."""
-        return not self._exhausted and (bool(self._undealt) or len(self._rows) < OPEN_WINDOWS)
+        if self._exhausted or self._undealt:
+            return not self._exhausted
+        return len(self._rows) < OPEN_WINDOWS and self._is_ready()
 
     def claim(self) -> Block | None:
-        """The next block, where there may be one."""
+        """The next block, where there may be one.
+
+        Raises:
+            Exception: what reading the rows raised; again each time.
+        """
+        if self._failure is not None:
+            raise self._failure
         if not self.may_claim:
             return None
         if not self._undealt:
-            window = next(self._windows, None)
+            try:
+                window = next(self._windows, None)
+            except Exception as error:
+                self._failure = error
+                raise
             if window is None:
                 self._exhausted = True
                 return None
@@ -113,7 +127,7 @@ class Dealt:
         return block
 
     def _open(self, window: CutWindow) -> None:
-        rows = [_OpenRow(parts, len(parts.prompts)) for parts in window.rows]
+        rows = [_OpenRow(parts, parts.count) for parts in window.rows]
         self._undealt.extend((rows, cut) for cut in window.cuts)
         self._rows.append(deque(rows))
 

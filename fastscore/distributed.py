@@ -1,4 +1,4 @@
-"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of rows and writes; every rank scores.
+"""Processes that torchrun started, as one run: rank 0 reads, deals out blocks of pairs and writes; every rank scores.
 
 Or all hold one model together (:mod:`fastscore.shared_model`), and rank 0 runs as one process does.
 """
@@ -100,6 +100,11 @@ class Lead:
                 self._job = self._dealt = None
                 self.running.clear()
 
+    def look(self) -> None:
+        """There may be something to deal."""
+        with self.changed:
+            self.changed.notify_all()
+
     def check(self) -> None:
         """Raise what went wrong with another rank."""
         if self._failure is not None:
@@ -130,20 +135,21 @@ class Lead:
 
     def _serve(self, channel: Channel) -> None:
         """What rank 0 does for one other rank, in a thread of its own."""
-        finished = -1
+        at_work_on = -1
         shares = False
         try:
             while True:
                 match channel.receive():
                     case ("progress", index, stats):
-                        if index > finished:
+                        if index == at_work_on:
                             self.running[str(channel.peer)] = stats
                     case ("scores", result):
-                        finished = result.index
+                        at_work_on = -1
                         self._take(result)
                     case ("wanted",):
                         while (order := self._next_order(shares)) is None:
                             channel.send("wait")
+                        at_work_on = order[2].index if order[0] == "block" else -1
                         channel.send(*order)
                         shares = order[0] == "share"
                         if order[0] == "end":
@@ -258,8 +264,9 @@ class ManyRanks:
             tell(stats)
 
         try:
-            with ReadAhead(windows) as ahead:
-                dealt = Dealt(iter(ahead))
+            with ReadAhead(windows, lead.look) as ahead:
+                dealt = Dealt(iter(ahead), ahead.is_ready)
+                ahead.wait()
                 mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
                 with lead.dealing(job, dealt):
                     while not dealt.is_done:
@@ -274,6 +281,7 @@ class ManyRanks:
                             mine = dealt.claim()
                             if mine is None and not dealt.is_done:
                                 lead.changed.wait(_LOOK_SECONDS)
+            lead.check()
             self._total.end_job()
         except (KeyboardInterrupt, SystemExit):
             lead.check_lost()

@@ -1,4 +1,4 @@
-"""Blocks of rows where the tasks of a Ray cluster find them, and a Ray Data source of them."""
+"""Blocks of pairs where the tasks of a Ray cluster find them, and a Ray Data source of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from fastscore.dealt import Dealt, FinishedRow
 
 
 class Shelf:
-    """Blocks on their way: a thread cuts them and puts them where Ray's tasks find them, as many as memory allows."""
+    """Blocks on their way: a thread puts them where Ray's tasks find them, as many as memory allows.
 
-    def __init__(self, dealt: Dealt) -> None:
+    ``changed`` is told of when there may be something to deal.
+    """
+
+    def __init__(self, dealt: Dealt, changed: threading.Condition) -> None:
         self.actor = _ShelfActor.options(num_cpus=0, max_concurrency=100).remote()
         self._dealt = dealt
-        self._changed = threading.Condition()
+        self._changed = changed
         self._closed = False
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._fill, name="fastscore-shelf", daemon=True)
@@ -61,9 +64,15 @@ class Shelf:
         return row
 
     def check(self) -> None:
-        """Raise what went wrong with reading rows."""
+        """Raise what went wrong with reading rows.
+
+        Raises:
+            RuntimeError: Ray has ended, and something is missing.
+        """
         if self._failure is not None:
             raise self._failure
+        if not self._dealt.is_done:
+            raise RuntimeError("Ray ended before all pairs were scored")
 
     def _fill(self) -> None:
         try:

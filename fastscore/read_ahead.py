@@ -6,7 +6,7 @@ import contextvars
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -48,10 +48,14 @@ class ReadAhead(Generic[T]):
 
     ``make`` is given the event that is set when nobody wants items any more, and returns the iterator. What the
     iterator raises is raised here, after the items before it. The thread is gone when the ``with`` block is left.
+    ``on_ready`` is called in the thread each time an item, the end or an error is there.
     """
 
-    def __init__(self, make: Callable[[threading.Event], Iterator[T]]) -> None:
+    def __init__(
+        self, make: Callable[[threading.Event], Iterator[T]], on_ready: Callable[[], None] = lambda: None
+    ) -> None:
         self._make = make
+        self._on_ready = on_ready
         self._stopped = threading.Event()
         self._wanted: SimpleQueue[Future[T] | None] = SimpleQueue()
         self._next: Future[T] = Future()
@@ -78,6 +82,14 @@ class ReadAhead(Generic[T]):
         """Whether an item is there now: False while it is being made, at the end, and before an error."""
         return self._next.done() and self._next.exception() is None and self._next.result() is not _END
 
+    def is_ready(self) -> bool:
+        """Whether what comes next is there now: an item, the end, or an error."""
+        return self._next.done()
+
+    def wait(self) -> None:
+        """Until it is."""
+        wait([self._next])
+
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -95,4 +107,5 @@ class ReadAhead(Generic[T]):
                 wanted.set_result(next(items, _END))
             except BaseException as error:  # noqa: BLE001 - handed on to the thread that asks
                 wanted.set_exception(error)
+            self._on_ready()
             del wanted  # an item handed over is no longer held here

@@ -61,6 +61,7 @@ class RowPlan:
 
     candidate_field: the field whose list a row with fewer candidates would have; None where its pairs are not
         prompts of their own, but answers to one.
+    read_fields: the others that such a row would need.
     conversation: stands before the answers in the place of their prompts, where the row's context is one.
     """
 
@@ -70,6 +71,7 @@ class RowPlan:
     build: Callable[[Sequence[str]], list[Pair]]
     num_baselines: int = 0
     candidate_field: str | None = None
+    read_fields: tuple[str, ...] = ()
     conversation: list[Message] | None = None
     preference: Preference | None = None
 
@@ -224,7 +226,8 @@ def _plan_template(row: Row, task: Task, template: Template, config: TaskConfig)
     num_candidates = len(keys) if template.has_key else 1
     num_baselines = len(answers) if baseline is not None else 0
     field = None if not template.has_key else "history" if row.data.get("history") is not None else "pos"
-    return RowPlan(num_candidates, len(answers), keys, build, num_baselines, candidate_field=field)
+    read = ("task", "query_id", "query", "answers", "answer", *template.row_fields)
+    return RowPlan(num_candidates, len(answers), keys, build, num_baselines, field, read)
 
 
 def _plan_lrlm(row: Row, score: ScoreConfig) -> RowPlan:
@@ -264,7 +267,8 @@ def _plan_lrlm(row: Row, score: ScoreConfig) -> RowPlan:
             "score_inputs",
         )
     pairs = [Pair(prompt, answer) for prompt in prompts]
-    return RowPlan(num_candidates, 1, [], lambda _: pairs, num_baselines, candidate_field="score_inputs")
+    read = ("task", *LRLM_FIELDS[:3])
+    return RowPlan(num_candidates, 1, [], lambda _: pairs, num_baselines, "score_inputs", read)
 
 
 def _candidates(row: Row, task: Task) -> list[str]:

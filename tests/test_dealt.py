@@ -61,7 +61,7 @@ def window(line: int, *cuts: Sequence[tuple[int, int]], parts: Sequence[int] = (
     for place, count in enumerate(parts):
         keys = [f"key {number}" for number in range(count)]
         data = {"query": "q", "answers": ["a"], "pos": keys}
-        rows.append(split_row(Row(data, "r.jsonl", line + place), TaskConfig("qa")))
+        rows.append(split_row(Row(data, "r.jsonl", line + place), TaskConfig("qa")).parts)
     return CutWindow(rows, [Cut([place for place, _ in cut], [part for _, part in cut]) for cut in cuts])
 
 
@@ -100,6 +100,35 @@ def test_only_so_many_windows_are_open() -> None:
     assert [one.row.line for one in rows_of(dealt)] == [0, 1]
     assert dealt.may_claim
     assert [block.index for block in claimed(dealt)] == [2, 3]
+
+
+def test_a_window_that_is_not_there_yet_is_not_waited_for() -> None:
+    there = [False]
+    dealt = Dealt(iter([window(0, [(0, 0)])]), lambda: there[0])
+    assert not dealt.may_claim
+    assert dealt.claim() is None
+    assert not dealt.is_exhausted
+    there[0] = True
+    assert dealt.may_claim
+    assert dealt.claim() is not None
+
+
+def test_rows_that_can_not_be_read_are_never_taken_for_the_end() -> None:
+    def windows() -> Iterator[CutWindow]:
+        yield window(0, [(0, 0)])
+        raise OSError("the disk")
+
+    dealt = Dealt(windows())
+    block = dealt.claim()
+    assert block is not None
+    for _ in range(2):  # by one thread, and then by another
+        with pytest.raises(OSError, match="the disk"):
+            dealt.claim()
+    dealt.finish(scores(block))
+    assert [len(rows_of(dealt)), dealt.next_result() is None] == [1, False]
+    assert not dealt.is_done
+    with pytest.raises(OSError, match="the disk"):
+        dealt.claim()
 
 
 def test_of_a_bad_row_the_first_error_counts_and_its_scores_do_not() -> None:

@@ -144,3 +144,36 @@ def test_context_variables_are_those_of_the_caller() -> None:
     variable.set("ours")
     with ReadAhead(lambda _: iter(variable.get, None)) as items:
         assert next(iter(items)) == "ours"
+
+
+def test_whoever_asks_is_told_when_something_is_there() -> None:
+    go, told = threading.Event(), threading.Semaphore(0)
+
+    def make(_: threading.Event) -> Iterator[int]:
+        assert go.wait(LIMIT)
+        yield 1
+        raise OSError("gone")
+
+    with ReadAhead(make, told.release) as items:
+        assert not items.is_ready()
+        go.set()
+        items.wait()
+        assert items.is_ready()
+        source = iter(items)
+        assert next(source) == 1
+        for _ in range(2):
+            assert told.acquire(timeout=LIMIT)
+        assert items.is_ready(), "an error is something too"
+        with pytest.raises(OSError, match="gone"):
+            next(source)
+
+
+def test_items_are_made_under_a_lock() -> None:
+    lock = threading.Lock()
+
+    def make() -> Iterator[bool]:
+        for _ in range(3):
+            yield lock.locked()
+
+    assert list(read_ahead.locked(lock, make())) == [True] * 3
+    assert not lock.locked()

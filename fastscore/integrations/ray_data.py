@@ -182,14 +182,19 @@ class RayScorer:
         job = Job(self.config, task_config, on_bad_row is not None, cache.place)
         cache.start()
         reading = threading.Lock()  # held where a bad row is told of
+        changed = threading.Condition()
+
+        def look() -> None:
+            with changed:
+                changed.notify_all()
 
         def windows(stopped: threading.Event) -> Iterator[CutWindow]:
             wanted = until(stopped, locked(reading, rows))
             return cut_windows(wanted, task_config, workers, self.config.window_tokens)
 
         with (
-            ReadAhead(windows) as ahead,
-            Shelf(Dealt(iter(ahead))) as shelf,
+            ReadAhead(windows, look) as ahead,
+            Shelf(Dealt(iter(ahead), ahead.is_ready), changed) as shelf,
             closing(self._results(shelf, job, cache)) as results,
         ):
             for _ in results:

@@ -63,7 +63,7 @@ def cut_windows(rows: Iterable[Row], config: TaskConfig, workers: int, max_token
     (guided self-scheduling, Polychronopoulos and Kuck, 1987; one worker has nobody to end together with, and takes
     all). It has at least :data:`MIN_BLOCK_TOKENS` and at most :data:`MAX_BLOCK_TOKENS`, where what its pairs share
     counts once, and its texts at most ``max_tokens``, a worker's own window. Tokens are guessed from texts' length. The
-    last window is larger or smaller than others by up to a half.
+    last window may be half as large as others, or half as large again.
 
     Raises:
         InputError: a row can't be sent to another process.
@@ -71,28 +71,29 @@ def cut_windows(rows: Iterable[Row], config: TaskConfig, workers: int, max_token
     wanted = max(max_tokens, workers * min(max_tokens, MAX_BLOCK_TOKENS)) * CHARS_PER_TOKEN
     ahead, sizes, total = deque[SplitRow](), deque[int](), 0
     for row in rows:
-        size = text_size(row)
-        ahead.append(split := split_row(row, config))
-        sizes.append(max(size, _size_of_all(split)))
+        split = split_row(row, config)
+        ahead.append(split)
+        sizes.append(max(text_size(row, is_sent=split.parts.count == 1), _size_of_all(split)))
         total += sizes[-1]
-        if total < wanted * _READ_AHEAD:
-            continue
-        window, size = [ahead.popleft()], sizes.popleft()
-        while sizes and size + sizes[0] <= wanted:
-            window.append(ahead.popleft())
-            size += sizes.popleft()
-        total -= size
-        yield _cut(window, workers, max_tokens, is_last=False)
-        del window  # not in memory while the next is read
+        while total >= wanted * _READ_AHEAD and len(ahead) > 1:  # one is left, which may be the last
+            count, size = 0, 0
+            while count < len(sizes) - 1 and (not count or size + sizes[count] <= wanted):
+                size += sizes[count]
+                count += 1
+            for _ in range(count):
+                sizes.popleft()
+            total -= size
+            yield _cut([ahead.popleft() for _ in range(count)], workers, max_tokens, is_last=False)
     if ahead:
-        yield _cut(ahead, workers, max_tokens, is_last=True)
+        last = [ahead.popleft() for _ in range(len(ahead))]
+        yield _cut(last, workers, max_tokens, is_last=True)
 
 
-def text_size(row: Row) -> int:
+def text_size(row: Row, is_sent: bool = True) -> int:
     """Characters of all texts in it. A token id counts as a token's worth of them.
 
     Raises:
-        InputError: it is nested too deep to be sent to another process.
+        InputError: it ``is_sent`` to another process as it is, and nested too deep for that.
     """
     size, depth = 0, 0
     level: list[object] = [row.data]
@@ -109,7 +110,9 @@ def text_size(row: Row) -> int:
                 else:
                     inner.extend(value)
         if inner and depth == MAX_DEPTH:
-            raise row.error(f"nested more than {MAX_DEPTH} deep: it can't be sent to another process")
+            if is_sent:
+                raise row.error(f"nested more than {MAX_DEPTH} deep: it can't be sent to another process")
+            break
         level, depth = inner, depth + 1
     return size
 
@@ -142,7 +145,8 @@ class _Order:
         """Where a block ends that begins at ``start``: where least is shared with what follows, at the latest of
         several such places.
 
-        wanted: characters that are not shared within the block. enough: when it ends in any case. most: of its texts.
+        wanted: characters that are not shared within the block. enough: of those that nobody else has, after which it
+        ends in any case. most: of all its texts.
         """
         best, least_shared = 0, -1
         size, whole = self.shared[start], 0  # the first has nobody to share with
@@ -150,7 +154,7 @@ class _Order:
             whole += self.whole[stop - 1]
             size += self.whole[stop - 1] - self.shared[stop - 1]
             shared = self.shared[stop]
-            must_end = whole >= most * _EARLIEST_CUT or size >= max(enough, 2 * shared)
+            must_end = whole >= most * _EARLIEST_CUT or (size - self.shared[start] >= enough and size >= 2 * shared)
             may_end = size >= wanted * _EARLIEST_CUT and shared <= size * _COMPUTED_TWICE
             if (may_end or must_end) and (least_shared < 0 or shared <= least_shared):
                 best, least_shared = stop, shared

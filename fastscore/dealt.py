@@ -84,7 +84,7 @@ class Dealt:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether all blocks have been dealt."""
+        """Whether all blocks have been dealt, and the end has been met by one more claim."""
         return self._exhausted
 
     @property
@@ -94,10 +94,11 @@ class Dealt:
 
     @property
     def may_claim(self) -> bool:
-        """Whether there may be another block, and so few rows before it are unwritten that memory stays bounded."""
-        if self._exhausted or self._undealt:
-            return not self._exhausted
-        return len(self._rows) < OPEN_WINDOWS and self._is_ready()
+        """Whether there may be another block, nobody has to wait for it, and so few rows before it are unwritten that
+        memory stays bounded."""
+        if self._undealt:
+            return True
+        return not self._exhausted and len(self._rows) < OPEN_WINDOWS and self._is_ready()
 
     def claim(self) -> Block | None:
         """The next block, where there may be one.
@@ -131,10 +132,10 @@ class Dealt:
         self._undealt.extend((rows, cut) for cut in window.cuts)
         self._rows.append(deque(rows))
 
-    def finish(self, result: BlockScores) -> None:
-        """Take what came of a block; one that was done twice counts once."""
+    def finish(self, result: BlockScores) -> bool:
+        """Take what came of a block; False for one that was done twice, which counts once."""
         if result.index not in self._blocks:
-            return
+            return False
         rows, parts = self._blocks.pop(result.index)
         self._results.append(result)
         told = len(result.scored) + len(result.bad)
@@ -146,6 +147,7 @@ class Dealt:
         for place, error in result.bad:
             rows[place].errors.append(((parts[place].numbers or (0,))[0], error))
             rows[place].missing -= 1
+        return True
 
     def next_result(self) -> BlockScores | None:
         """What came of a block, each once, in the order in which they came."""

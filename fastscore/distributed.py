@@ -63,6 +63,7 @@ class Lead:
         self.changed = threading.Condition()
         self._job: Job | None = None
         self._dealt: Dealt | None = None
+        self._total: TotalStats | None = None
         self._status: int | None = None
         self._failure: Exception | None = None
         self._interrupted = False
@@ -88,17 +89,25 @@ class Lead:
         return scorer
 
     @contextmanager
-    def dealing(self, job: Job, dealt: Dealt) -> Iterator[None]:
-        """The other ranks get blocks of this job in the block."""
+    def dealing(self, job: Job, dealt: Dealt, total: TotalStats) -> Iterator[None]:
+        """The other ranks get blocks of this job in the block; all is counted in ``total``."""
         with self.changed:
-            self._job, self._dealt = job, dealt
+            self._job, self._dealt, self._total = job, dealt, total
             self.changed.notify_all()
         try:
             yield
         finally:
             with self.changed:
-                self._job = self._dealt = None
+                self._job = self._dealt = self._total = None
                 self.running.clear()
+
+    def take(self, result: BlockScores) -> None:
+        """What came of a block."""
+        with self.changed:
+            self.running.pop(result.worker, None)
+            if self._dealt is not None and self._total is not None and self._dealt.finish(result):
+                self._total.add(result)
+            self.changed.notify_all()
 
     def look(self) -> None:
         """There may be something to deal."""
@@ -145,7 +154,7 @@ class Lead:
                             self.running[str(channel.peer)] = stats
                     case ("scores", result):
                         at_work_on = -1
-                        self._take(result)
+                        self.take(result)
                     case ("wanted",):
                         while (order := self._next_order(shares)) is None:
                             channel.send("wait")
@@ -167,13 +176,6 @@ class Lead:
             self._fail(lost, error)
         except Exception as error:  # noqa: BLE001 - the thread that writes raises it; nobody else would notice
             self._fail(error)
-
-    def _take(self, result: BlockScores) -> None:
-        with self.changed:
-            self.running.pop(result.worker, None)
-            if self._dealt is not None:
-                self._dealt.finish(result)
-            self.changed.notify_all()
 
     def _next_order(self, has_shared: bool) -> tuple[Any, ...] | None:
         def has_order() -> bool:
@@ -241,7 +243,7 @@ class ManyRanks:
     ) -> Generator[ScoredRow, None, None]:
         """As :meth:`fastscore.Scorer.stream_rows`, with bad rows handed on in the order of the rows.
 
-        ``rows`` are read in a thread, a window ahead.
+        ``rows`` are read in a thread, a window and a half ahead.
 
         Raises:
             RuntimeError: a rank is gone.
@@ -257,7 +259,9 @@ class ManyRanks:
         def tell(stats: RunStats | None = None) -> None:
             if on_progress is not None:
                 own = {} if stats is None else {"0": stats}
-                on_progress(self._total.with_running({**lead.running, **own}))
+                with lead.changed:
+                    now = self._total.with_running({**lead.running, **own})
+                on_progress(now)
 
         def progress(stats: RunStats) -> None:
             lead.check()
@@ -266,14 +270,14 @@ class ManyRanks:
         try:
             with ReadAhead(windows, lead.look) as ahead:
                 dealt = Dealt(iter(ahead), ahead.is_ready)
-                ahead.wait()
+                while not ahead.is_ready():
+                    lead.check()
+                    ahead.wait(_LOOK_SECONDS)
                 mine = dealt.claim()  # the first: rank 0 always has the model, and can tell how it runs
-                with lead.dealing(job, dealt):
+                with lead.dealing(job, dealt, self._total):
                     while not dealt.is_done:
                         if mine is not None:
-                            result = score_block(self._own, cache, job, mine, progress)
-                            with lead.changed:
-                                dealt.finish(replace(result, worker="0"))
+                            lead.take(replace(score_block(self._own, cache, job, mine, progress), worker="0"))
                         lead.check()
                         yield from hand_on(self._finished(dealt), task_config, on_bad_row, reading)
                         tell()
@@ -299,7 +303,6 @@ class ManyRanks:
                 row = dealt.next_row() if result is None else None
                 self._lead.changed.notify_all()
             if result is not None:
-                self._total.add(result)
                 if result.error is not None:
                     raise result.error
             elif row is not None:

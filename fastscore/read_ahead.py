@@ -86,9 +86,9 @@ class ReadAhead(Generic[T]):
         """Whether what comes next is there now: an item, the end, or an error."""
         return self._next.done()
 
-    def wait(self) -> None:
-        """Until it is."""
-        wait([self._next])
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it is, or so long."""
+        wait([self._next], seconds)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

@@ -279,7 +279,10 @@ class Scorer:
         on_progress: Progress | None = None,
         cache: RunCache | None = None,
     ) -> Generator[tuple[RowPairs, Scores], None, None]:
-        """The same with the scores of each row's pairs as they are; ``rows`` may be parts of rows."""
+        """The same with the scores of each row's pairs as they are; ``rows`` may be parts of rows.
+
+        ``task_config``, ``on_bad_row``, ``on_progress`` and ``cache`` as for :meth:`stream_rows`.
+        """
         return self._rows.scores(rows, task_config, on_bad_row, on_progress, cache)
 
     def plan_windows(

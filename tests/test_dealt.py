@@ -20,7 +20,9 @@ from fastscore.block_scores import BlockScores, Job, score_block, sendable
 from fastscore.blocks import Block, Cut, CutWindow, cut_windows
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.dealt import OPEN_WINDOWS, Dealt, FinishedRow, hand_on
+from fastscore.distributed import Lead
 from fastscore.output_formats import make_format
+from fastscore.read_ahead import ReadAhead
 from fastscore.row_parts import split_row
 from fastscore.run_stats import RunStats
 from fastscore.total_stats import TotalStats
@@ -111,6 +113,35 @@ def test_a_window_that_is_not_there_yet_is_not_waited_for() -> None:
     there[0] = True
     assert dealt.may_claim
     assert dealt.claim() is not None
+
+
+def test_a_rank_that_waits_is_told_when_a_window_is_there() -> None:
+    go, lead, orders = threading.Event(), Lead(1), list[Any]()
+
+    def windows(_: threading.Event) -> Iterator[CutWindow]:
+        assert go.wait(20)
+        yield window(0, [(0, 0)])
+
+    job = Job(ScorerConfig(), CHOICES, skip_bad_rows=False)
+    with ReadAhead(windows, lead.look) as ahead:
+        dealt, total = Dealt(iter(ahead), ahead.is_ready), TotalStats(2)
+        with lead.dealing(job, dealt, total):
+            asking = threading.Thread(target=lambda: orders.append(lead._next_order(False)))
+            asking.start()
+            asking.join(0.1)
+            assert asking.is_alive()
+            go.set()
+            asking.join(10)  # much less than it would wait by itself
+            assert not asking.is_alive()
+            ((what, of_job, block),) = orders
+            assert (what, of_job, block.index) == ("block", job, 0)
+            lead.running["1"] = RunStats(pairs=1, seconds=0.5)
+            assert total.with_running(lead.running).pairs == 1
+            done = scores(block)
+            for _ in range(2):
+                lead.take(replace(done, worker="1", stats=RunStats(pairs=3, seconds=1.0)))
+            assert lead.running == {}
+            assert (total.stats.pairs, len(rows_of(dealt))) == (3, 1)
 
 
 def test_rows_that_can_not_be_read_are_never_taken_for_the_end() -> None:

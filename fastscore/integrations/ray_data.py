@@ -173,7 +173,7 @@ class RayScorer:
         on_progress: Callable[[RunStats], None] | None = None,
         cache: ClusterCache | None = None,
     ) -> Generator[ScoredRow, None, None]:
-        """As :meth:`fastscore.Scorer.stream_rows`; ``rows`` are read in a thread, a window ahead.
+        """As :meth:`fastscore.Scorer.stream_rows`; ``rows`` are read in a thread, a window and a half ahead.
 
         A worker that dies is replaced by Ray, and the block that it had is scored again.
         """

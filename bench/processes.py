@@ -16,12 +16,12 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 # Python stands in between, which is smaller than any program measured here.
 _LAUNCHER = """
 import json, os, sys, time
-begun = time.perf_counter()
+begun, began = time.perf_counter(), time.time()
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 seconds = time.perf_counter() - begun
 print()
-print(json.dumps([seconds, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+print(json.dumps([seconds, usage.ru_maxrss, os.waitstatus_to_exitcode(status), began]))
 """
 
 
@@ -35,6 +35,8 @@ class Ended:
     """Largest resident memory."""
     lines: list[str]
     """What it printed."""
+    began: float
+    """When it was started: ``time.time()``."""
 
 
 class Failed(Exception):
@@ -52,8 +54,8 @@ def run_python(*arguments: str) -> Ended:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, env=os.environ
     )
     *lines, _, told = run.stdout.splitlines()
-    seconds, peak, status = json.loads(told)
+    seconds, peak, status, began = json.loads(told)
     if status:
         last_words = next((line for line in reversed(lines) if line.strip()), "nothing")
         raise Failed(f"{' '.join(arguments[:4])} ended with {status}: {last_words}")
-    return Ended(seconds, peak * _RSS_UNIT, [line for line in lines if line.strip()])
+    return Ended(seconds, peak * _RSS_UNIT, [line for line in lines if line.strip()], began)

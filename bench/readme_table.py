@@ -23,7 +23,7 @@ from peer_vllm import VLLM, VLLM_PREFILL
 from readme_guides import cache, harness, scale_out
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing, quantized
 from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
-from startup import FIRST_SCORE, HELP
+from startup import FIRST_SCORE, HELP, ONE_ROW
 
 README = ROOT / "README.md"
 NUMERICS, SCALE_OUT, HARNESS, RELIABILITY = (
@@ -106,8 +106,8 @@ def costs(folder: Path) -> str:
         lines.append(
             wrapped(
                 "**Start.** `python bench/startup.py`: from the start of Python to the first score "
-                f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, `fastscore --help` "
-                f"{median[HELP]:.2f} s; {machine(start['environment'])} ({link(STARTUP)})."
+                f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, a whole `fastscore score` of one row "
+                f"{median[ONE_ROW]:.1f} s, `fastscore --help` {median[HELP]:.2f} s; {machine(start['environment'])} ({link(STARTUP)})."
             )
         )
     lines.append("")

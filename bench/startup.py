@@ -1,7 +1,8 @@
 """How long until the first score, and until ``fastscore --help``? ``python bench/startup.py --json OUT``.
 
-Each in new processes, by turns, by the wall clock: a Python that does nothing, the help, and a program that imports
-fastscore, loads the model from the cache and scores one pair. The first turn, which warms the disk, is not counted.
+Each in new processes, by turns, by the wall clock: a Python that does nothing, the help, a program that imports
+fastscore, loads the model from the cache and scores one pair (from its start to that score), and ``fastscore score`` of
+one row, to its end. The first turn, which warms the disk, is not counted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from rounds import table
 
 from fastscore.config import DEFAULT_MODEL
 
-NOTHING, HELP, FIRST_SCORE = "python -c pass", "fastscore --help", "first score"
+NOTHING, HELP, FIRST_SCORE, ONE_ROW = "python -c pass", "fastscore --help", "first score", "fastscore score, one row"
+ROW = {"query": "The capital of France?", "pos": ["Paris is its capital."], "answers": ["Paris"]}
 AIMS = {HELP: 0.5, FIRST_SCORE: 5.0}
 """Seconds."""
 
@@ -35,26 +38,33 @@ loaded = time.perf_counter()
 [score] = scorer.score([("The capital of France is", " Paris")])
 scored = time.perf_counter()
 parts = {"import": imported - begun, "load": loaded - imported, "score": scored - loaded}
-print(json.dumps({**parts, "nats": score.logprob}))
+print(json.dumps({**parts, "nats": score.logprob, "at": time.time()}))
 """
 
 
 def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
     """Seconds of each round, and the parts of the first score as the program itself sees them."""
-    seconds: dict[str, list[float]] = {NOTHING: [], HELP: [], FIRST_SCORE: []}
+    seconds: dict[str, list[float]] = {NOTHING: [], HELP: [], FIRST_SCORE: [], ONE_ROW: []}
     parts: list[dict[str, float]] = []
     for turn in range(rounds + 1):
         nothing = run_python("-c", "pass")
         shown = run_python("-m", "fastscore", "--help")
         scored = run_python("-c", PROGRAM, model, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            row = Path(folder) / "row.jsonl"
+            row.write_text(json.dumps(ROW), "utf-8")
+            options = ["--task", "qa", "--model", model, "--dtype", dtype, "-q", "-o", f"{folder}/scored.jsonl"]
+            one_row = run_python("-m", "fastscore", "score", str(row), *options)
         if not any("score" in line for line in shown.lines):
             raise RuntimeError("fastscore --help did not name its commands")
         told = json.loads(scored.lines[-1])
         if not told.pop("nats") < 0:
             raise RuntimeError("the first score is no log-probability")
+        first = told.pop("at") - scored.began
         if turn:
-            for name, ended in ((NOTHING, nothing), (HELP, shown), (FIRST_SCORE, scored)):
+            for name, ended in ((NOTHING, nothing), (HELP, shown), (ONE_ROW, one_row)):
                 seconds[name].append(ended.seconds)
+            seconds[FIRST_SCORE].append(first)
             parts.append(told)
     return {
         "seconds": seconds,

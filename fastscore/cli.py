@@ -11,6 +11,7 @@ import typer
 
 from fastscore import __version__, cli_bench, cli_cache, cli_lm_eval, cli_report, cli_score
 from fastscore.cli_options import NO_VALUE
+from fastscore.garbage import left_at_exit
 from fastscore.launched import as_one_run
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(cli_cache.app, name="cache")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; ends with SystemExit. Started by torchrun, all processes run it as one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    left_at_exit()
     as_one_run(partial(_program, arguments), share_model="--tensor-parallel" in arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +23,10 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def left_at_exit() -> None:
+    """For a program: when it ends, what is in memory is not looked through once more, which takes a second after
+    torch and transformers have been imported."""
+    atexit.unregister(gc.freeze)  # at most once
+    atexit.register(gc.freeze)

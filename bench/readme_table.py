@@ -107,7 +107,8 @@ def costs(folder: Path) -> str:
             wrapped(
                 "**Start.** `python bench/startup.py`: from the start of Python to the first score "
                 f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, a whole `fastscore score` of one row "
-                f"{median[ONE_ROW]:.1f} s, `fastscore --help` {median[HELP]:.2f} s; {machine(start['environment'])} ({link(STARTUP)})."
+                f"{median[ONE_ROW]:.1f} s, `fastscore --help` {median[HELP]:.2f} s; {machine(start['environment'])} "
+                f"({link(STARTUP)})."
             )
         )
     lines.append("")

@@ -54,3 +54,13 @@ def test_the_first_score_takes_little_more_than_loading_the_model(tmp_path: Path
     rounds = [[run(code, folder)[0] for code in (PLAIN + PLAIN_SCORE, OURS_SCORE)] for _ in range(2)]
     plain, ours = (min(seconds) for seconds in zip(*rounds, strict=True))
     assert ours < 1.5 * plain, (ours, plain)
+
+
+def test_a_program_that_ends_does_not_look_through_its_memory() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print('frozen', gc.get_freeze_count()))\n"
+    code += "from fastscore.cli import main\nmain(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said, (word, count) = done.stdout.splitlines()[0], done.stdout.splitlines()[1].split()
+    assert said.startswith("fastscore ")
+    assert (word, int(count) > 10_000) == ("frozen", True)

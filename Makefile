@@ -60,7 +60,8 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 fuzz: $(FUZZ) ## a coverage-guided fuzzer on what reads rows, templates and GGUF headers (FUZZ_SECONDS=60)
 	$(RUN) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-BENCH := $(RUN) -m pytest bench -s --benchmark-columns=median,rounds
+# A comparison of all peers takes longer on a slow machine than any test may.
+BENCH := $(RUN) -m pytest bench -s --timeout 7200 --benchmark-columns=median,rounds
 RECORD := build/bench.json
 
 bench: $(DEV) ## fastscore against its peers, part by part (FASTSCORE_BENCH_QUERIES=3)

@@ -170,7 +170,7 @@ COMMANDS = (
     "cli_lm_eval",
     "cli_report",
 )
-LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config", "launched")
+LIGHT = ("__main__", "__init__", *COMMANDS, "types", "config", "garbage", "launched")
 LIGHT_IMPORTS = frozenset({*LIGHT, "typer", "rich"})
 
 

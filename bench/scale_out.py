@@ -25,7 +25,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -35,13 +34,13 @@ from environment import environment, one_line, write_json
 from processes import run_python
 from rounds import table
 
-from fastscore.block_scores import BlockScores
+from fastscore.block_scores import BlockScores, without_texts
 from fastscore.blocks import Block, cut_windows
 from fastscore.config import DEFAULT_MODEL, DEFAULT_WINDOW_TOKENS, TaskConfig
 from fastscore.dealt import Dealt, hand_on
 from fastscore.rows import RowWriter, read_rows
 from fastscore.tasks import expand_row, output_row, validate_row
-from fastscore.types import AnswerScore, Row
+from fastscore.types import AnswerScore
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 CONTENDERS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -206,8 +205,7 @@ def _unscored(block: Block, config: TaskConfig) -> BlockScores:
     found, score = BlockScores(block.index, "0"), AnswerScore((-1.0,) * 4, False)
     for place, part in enumerate(block.rows):
         pairs = expand_row(part, config, list)
-        light = replace(pairs, row=Row({}), pairs=tuple(replace(pair, prompt="") for pair in pairs.pairs))
-        found.scored.append((place, light, (score,) * len(pairs.pairs)))
+        found.scored.append((place, without_texts(pairs), (score,) * len(pairs.pairs)))
     return found
 
 

@@ -80,14 +80,14 @@ def _score(scorer: Any, cache: Any, job: Job, block: Block, on_progress: Any, re
         on_progress=count,
         cache=cache,
     ):
-        result.scored.append((position[id(pairs.row)], _without_texts(pairs), scores))
+        result.scored.append((position[id(pairs.row)], without_texts(pairs), scores))
     scorer.stats.flush_padded()
     result.stats = scorer.stats.minus(before)
     result.description = scorer.describe()
     result.ended = time.time()
 
 
-def _without_texts(pairs: RowPairs) -> RowPairs:
+def without_texts(pairs: RowPairs) -> RowPairs:
     """Without what whoever dealt the block has still, and nobody asks for."""
     light = tuple(Pair("", pair.answer, pair.is_chat) for pair in pairs.pairs)
     return RowPairs(_NO_ROW, light, pairs.num_candidates, pairs.num_answers, pairs.summed)

@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from workload import TokenPair
 
-GEMM, PACKED_GEMM = "GEMM", "GEMM, packed weights"
+from fastscore.decoder import multiplies
+
+GEMM, PACKED_GEMM, WIDENED_GEMM = "GEMM", "GEMM, packed weights", "GEMM, weights widened to fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,17 @@ def layer_gemms(model: PreTrainedModel, rows: int, repeats: int) -> LayerGemms:
                 F.linear(inputs[weight.shape[1]], weight)
 
     runs: dict[str, Callable[[], None]] = {GEMM: run}
-    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if model.device.type == "cpu" and not multiplies(model.device, model.dtype):
+        wide_inputs = {width: rows_RD.float() for width, rows_RD in inputs.items()}
+
+        @torch.inference_mode()
+        def run_widened() -> None:
+            for weights in chosen:
+                for weight in weights:
+                    F.linear(wide_inputs[weight.shape[1]], weight.float())
+
+        runs[WIDENED_GEMM] = run_widened
+    elif model.device.type == "cpu" and torch.backends.mkldnn.is_available():
         # As oneDNN likes them best: a few percent faster than F.linear, which reorders weights in every call.
         reorder = torch.ops.mkldnn._reorder_linear_weight
         packed = [[(reorder(weight.detach(), rows), weight.shape[1]) for weight in weights] for weights in chosen]

@@ -107,22 +107,22 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from fastscore.decoder import multiplies
     from fastscore.identity import cpu_name
-    from fastscore.models import native_bf16
 
     return {
         "device": "cpu",
         "name": cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        "bf16": native_bf16(torch.device("cpu")),
+        "bf16": multiplies(torch.device("cpu"), torch.bfloat16),
     }
 
 
 def _cuda(index: int) -> dict[str, Any]:
     import torch
 
-    from fastscore.models import native_bf16
+    from fastscore.decoder import multiplies
 
     properties = torch.cuda.get_device_properties(index)
     return {
@@ -130,7 +130,7 @@ def _cuda(index: int) -> dict[str, Any]:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "bf16": native_bf16(torch.device("cuda", index)),
+        "bf16": multiplies(torch.device("cuda", index), torch.bfloat16),
     }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fastscore.attention import AttentionNeeds, choose_provider
 from fastscore.budget import default_budget
 from fastscore.config import ScorerConfig
-from fastscore.decoder import cpu_multiplies_bf16
+from fastscore.decoder import OwnForward, multiplies
 from fastscore.forwards import choose_forward
 from fastscore.language_model import LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
@@ -88,8 +88,6 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    if dtype == torch.bfloat16 and device.type == "cpu" and not native_bf16(device):
-        logger.warning("this CPU has no instructions for bf16 products: fp32 is faster, and nearer to the truth")
     # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
     choose_provider(
         config.attention,
@@ -157,6 +155,13 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
     if chosen is None and config.own_forward_option:
         raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
+    own = chosen.forward if chosen is not None and isinstance(chosen.forward, OwnForward) else None
+    if own is None and device.type == "cpu" and config.quantize is None and not multiplies(device, model.dtype):
+        logger.warning(
+            "this CPU has no instructions for %s products, and this model runs its own layers: --dtype fp32 is faster, "
+            "and nearer to the truth",
+            _dtype_name(model.dtype),
+        )
     loaded = LanguageModel(
         model=model,
         head=head,
@@ -167,7 +172,8 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         forward_name="the model's own layers" if chosen is None else chosen.name,
         mode=mode,
         reason=reason,
-        max_batch_tokens=config.max_batch_tokens or default_budget(model.config, device, model.dtype),
+        max_batch_tokens=config.max_batch_tokens
+        or default_budget(model.config, device, model.dtype if own is None else own.decoder.dtype),
         share_prefixes=config.share_prefixes,
         deterministic=config.deterministic,
         longest_packed=_longest_short_input(model.config),
@@ -199,14 +205,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32 (emulated bf16 crawls)."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if native_bf16(device) else torch.float32
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and cpu_multiplies_bf16()
+    return torch.bfloat16 if multiplies(device, torch.bfloat16) else torch.float32
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

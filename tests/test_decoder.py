@@ -17,6 +17,7 @@ from truth import alone_in, plain_model
 from fastscore.attention import PROVIDERS
 from fastscore.config import ScorerConfig
 from fastscore.decoder import OwnForward, choose_operators, read_decoder
+from fastscore.decoder import operators as operators_module
 from fastscore.decoder.operators import CompiledOperators, Operators, PackedOperators, packing_works
 from fastscore.models import prepare_model
 from fastscore.packed_forward import ATTENTION_NAME, ModelForward, body_of
@@ -26,6 +27,7 @@ from fastscore.quantize import quantize_linears
 from fastscore.types import CarriedKeys, InputError, ScoringRequest
 
 OWN = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "gemma", "gemma2", "gemma3_text"]
+BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}
 OTHERS = ["olmo2", "cohere", "mixtral", "gpt2", "gpt_oss"]
 
 
@@ -107,6 +109,22 @@ def test_bf16_with_an_fp32_residual_is_nearer_to_the_truth(family: str, tmp_path
         assert own_error < 0.9 * model_error
     kept = hidden_states(own_forward(model, Operators(torch.bfloat16, wide=False)), 60, True) - truth
     assert kept.norm() < 1.3 * model_error, "with the model's residual dtype about what the model itself gives"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", OWN)
+def test_widened_weights_give_the_fp32_models_numbers(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Those of the same rounded weights in an fp32 model, unpadded: nothing else is rounded."""
+    model = packed_model(make_tiny_model(tmp_path, family, **BIASES.get(family, {})), dtype)
+    exact = packed_model(tmp_path, dtype).float()
+    truth = hidden_states(ModelForward(exact, PROVIDERS["reference"].load()), 10_000, False)
+    own = own_forward(model, Operators(torch.float32, wide=True, widened=True))
+    # Gemma's embeddings are multiplied by the root of their size in the weights' dtype, in the model's own module.
+    close = {"rtol": 0.02, "atol": 0.02} if family.startswith("gemma") else {"rtol": 1e-5, "atol": 2e-5}
+    for size in (10_000, 60, 7):
+        for only_answers in (False, True):
+            torch.testing.assert_close(hidden_states(own, size, only_answers), truth, **close)
+    assert own.decoder.layers[0].qkv.weight.dtype == dtype, "memory holds them as they were loaded"
 
 
 @pytest.mark.skipif(not packing_works(), reason="needs oneDNN's packed weights, and a CPU that can read them")
@@ -212,10 +230,33 @@ def test_bad_combinations_are_refused() -> None:
         ScorerConfig(forward="theirs")  # type: ignore[arg-type]
 
 
-def test_operators_of_a_device() -> None:
+def test_operators_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert type(choose_operators(cpu, torch.float32, torch.float32, wide=True, compiled=False)) is Operators
     assert type(choose_operators(cpu, torch.float32, torch.float32, wide=True, compiled=True)) is CompiledOperators
+    for native in (True, False):
+        monkeypatch.setattr(operators_module, "multiplies", lambda device, dtype, can=native: can)
+        for compiled in (True, False):
+            chosen = choose_operators(cpu, torch.float16, torch.float32, wide=True, compiled=compiled)
+            assert ("products in float32" in chosen.description) is not native
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_without_instructions_scores_are_those_of_fp32(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the whole scorer, LM head included: only the weights are rounded."""
+    from fastscore import Scorer
+
+    monkeypatch.setattr(operators_module, "multiplies", lambda device, dtype: False)
+    folder = make_tiny_model(tmp_path, "llama")
+    pairs = [(r.token_ids[: r.answer_start], r.token_ids[r.answer_start :]) for r in requests()]
+    rounded = plain_model(folder, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).float()
+    scorer = Scorer(str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    scores = scorer.score_tokens(pairs)
+    for score, truth in zip(scores, alone_in(rounded, pairs), strict=True):
+        assert score.token_logprobs == pytest.approx(truth, abs=1e-5)
+    assert scorer.describe()["forward"].endswith("products in float32")
 
 
 def test_scores_of_a_bf16_model_agree_with_fp32(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from truth import alone, alone_in, plain_model
 from fastscore import Scorer, models, self_check
 from fastscore.attention import PROVIDERS
 from fastscore.config import ScorerConfig
-from fastscore.models import native_bf16
+from fastscore.decoder import multiplies
 from fastscore.packed_forward import ModelForward
 from fastscore.packing import cut_pack
 from fastscore.prefix_tree import build_prefix_tree
@@ -104,19 +104,23 @@ def test_low_precision_is_as_near_as_transformers(family: str, dtype: str, tmp_p
 
 
 def test_dtype_auto_is_bf16_only_where_it_is_native(llama: Path) -> None:
-    expected = "bfloat16" if native_bf16(torch.device("cpu")) else "float32"
+    expected = "bfloat16" if multiplies(torch.device("cpu"), torch.bfloat16) else "float32"
     assert Scorer(str(llama), device="cpu").describe()["dtype"] == expected
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("native", [True, False])
-def test_bf16_without_instructions_is_told(
-    native: bool, llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_products_without_instructions_are_told_where_they_remain(
+    family: str, native: bool, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(models, "native_bf16", lambda device: native)
+    """fastscore's own forward pass has none; the model's own layers do."""
+    monkeypatch.setattr(models, "multiplies", lambda device, dtype: native or dtype == torch.float32)
     with caplog.at_level(logging.WARNING, logger="fastscore"):
-        Scorer(str(llama), dtype="bf16", device="cpu").score_tokens(token_pairs())
-    expected = "this CPU has no instructions for bf16 products: fp32 is faster, and nearer to the truth"
-    assert [record.getMessage() for record in caplog.records] == ([] if native else [expected])
+        Scorer(str(make_tiny_model(tmp_path, family)), dtype=dtype, device="cpu").score_tokens(token_pairs())
+    told = f"this CPU has no instructions for {dtype} products, and this model runs its own layers: "
+    found = [record.getMessage() for record in caplog.records if record.getMessage().startswith(told)]
+    assert len(found) == (family == "gpt2" and dtype != "fp32" and not native)
 
 
 def test_device_map(llama: Path) -> None:

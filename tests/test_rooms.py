@@ -132,7 +132,7 @@ ROOMS |= {
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types run_stats interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
-    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ model_source models identity", TERMINAL | MODEL),
+    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ decoder/ model_source models identity", TERMINAL | MODEL),
     "ray_shelf": room(4, _EDGE, frozenset({"pyarrow", "ray"})),
     "ray_cache": room(4, _EDGE, frozenset({"numpy", "ray"})),
     "integrations/": room(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastscore.decoder.forward import OwnForward
-from fastscore.decoder.operators import choose_operators, cpu_multiplies_bf16
+from fastscore.decoder.instructions import multiplies
+from fastscore.decoder.operators import choose_operators
 from fastscore.decoder.weights import Decoder, read_decoder
 
-__all__ = ["Decoder", "OwnForward", "choose_operators", "cpu_multiplies_bf16", "read_decoder"]
+__all__ = ["Decoder", "OwnForward", "choose_operators", "multiplies", "read_decoder"]

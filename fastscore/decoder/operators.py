@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastscore.decoder.instructions import multiplies
 from fastscore.decoder.weights import Decoder, Linear, Norm
 
 
@@ -32,17 +33,22 @@ class Operators:
 
     residual_dtype: of the residual stream.
     wide: whether attention takes queries and keys in fp32, as they come from their rotation.
+    widened: whether products are made in fp32 whatever the weights' dtype. Each weight is widened when it is needed, so
+        that memory holds it as it was loaded.
     """
 
     description = "plain PyTorch"
 
-    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
+    def __init__(self, residual_dtype: torch.dtype, wide: bool, *, widened: bool = False) -> None:
         self.residual_dtype = residual_dtype
         self._wide = wide
+        self._widened = widened
+        if widened:
+            self.description += ", products in float32"
 
     def prepare(self, decoder: Decoder) -> Decoder:
         """The decoder with its weights as these operators want them."""
-        return decoder
+        return replace(decoder, dtype=torch.float32) if self._widened else decoder
 
     def embed(self, decoder: Decoder, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Embeddings in the residual's dtype."""
@@ -66,8 +72,9 @@ class Operators:
         return rms_norm(hidden_TD, norm.weight, norm.eps).to(dtype)
 
     def linear(self, hidden_TD: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """The product in the weights' dtype, rounded to it."""
-        return F.linear(hidden_TD, linear.weight, linear.bias)
+        """The product in the dtype of ``hidden_TD``: the weights' own, or fp32 where they are widened."""
+        bias = None if linear.bias is None else linear.bias.to(hidden_TD.dtype)
+        return F.linear(hidden_TD, linear.weight.to(hidden_TD.dtype), bias)
 
     def rotate(
         self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None
@@ -154,8 +161,8 @@ class CompiledOperators(Operators):
 
     description = "compiled"
 
-    def __init__(self, residual_dtype: torch.dtype, wide: bool) -> None:
-        super().__init__(residual_dtype, wide)
+    def __init__(self, residual_dtype: torch.dtype, wide: bool, *, widened: bool = False) -> None:
+        super().__init__(residual_dtype, wide, widened=widened)
         self._norm, self._gate = _compiled(_rounded_norm), _compiled(gate)
         self._turn = _compiled(_rounded_turn)
 
@@ -211,21 +218,18 @@ def choose_operators(
     device: torch.device, dtype: torch.dtype, residual_dtype: torch.dtype, *, wide: bool, compiled: bool
 ) -> Operators:
     """What is fastest on that device. ``compiled`` takes torch.compile."""
+    # Without instructions for them, products of 16-bit operands take a CPU several times as long as those of fp32.
+    widened = device.type == "cpu" and not multiplies(device, dtype)
     if compiled:
-        return CompiledOperators(residual_dtype, wide)
+        return CompiledOperators(residual_dtype, wide, widened=widened)
     if device.type == "cpu" and dtype == torch.bfloat16 and packing_works():
         return PackedOperators(residual_dtype, wide)
-    return Operators(residual_dtype, wide)
+    return Operators(residual_dtype, wide, widened=widened)
 
 
 def packing_works() -> bool:
     """Whether this PyTorch has oneDNN's layout for bf16 weights, and this CPU the instructions that it is read with."""
-    return cpu_multiplies_bf16() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for bf16 products, and this PyTorch what uses them (Apple's builds do not)."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return multiplies(torch.device("cpu"), torch.bfloat16) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def _packed(linear: Linear, parts: int = 1) -> Linear:

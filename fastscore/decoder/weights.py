@@ -83,6 +83,7 @@ class Layer:
 class Decoder:
     """A model without its head. ``rotary_emb`` is the model's own module: positions to cosines and sines.
 
+    dtype: of what products take and give; the weights' own, unless the operators widen them.
     num_heads, num_kv_heads: those of this process. group: the processes that hold the model together; what the output
         and the down projection give is to be summed over them. None where there is one.
     """

@@ -22,7 +22,7 @@ from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
 from readme_guides import cache, harness, scale_out
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing, quantized
-from readme_words import amount, file_name, link, machine, ratio, read_result, wrapped
+from readme_words import amount, emulated, file_name, link, machine, ratio, read_result, wrapped
 from startup import FIRST_SCORE, HELP, ONE_ROW
 
 README = ROOT / "README.md"
@@ -31,6 +31,7 @@ NUMERICS, SCALE_OUT, HARNESS, RELIABILITY = (
 )
 RESULTS = ROOT / "bench" / "results"
 END_TO_END = {dtype: f"end-to-end-smollm2-135m-cpu-{dtype}.json" for dtype in ("bf16", "fp32")}
+SHARING_EMULATED = "prefix-sharing-smollm2-135m-cpu-bf16-avx2.json"
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
 GPU = "gpu-end-to-end.json"
 
@@ -62,7 +63,7 @@ def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
             f"**Against other ways.** `{command}`: {task['queries']} queries of {file_name(task)}, {task['pairs']:,} "
             f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {machine(where)}. "
             f"Contenders by turns on the same token ids; medians of {report['rounds']} rounds, in brackets the lowest "
-            f"and highest ratio of a round ({link(file)}):"
+            f"and highest ratio of a round ({link(file)}).{emulated(report, report['dtype'])}"
         ),
         "",
         "| | seconds | tokens/s | times fastscore's time | of the GEMM rate | mean distance from fastscore, nats |",
@@ -138,18 +139,22 @@ def costs(folder: Path) -> str:
 
 
 def sharing(folder: Path) -> str:
-    """What the prefix tree brings."""
-    report = read_result(folder, SHARING)
-    if report is None:
+    """What the prefix tree brings, with bf16 instructions and without."""
+    found = {name: report for name in (SHARING, SHARING_EMULATED) if (report := read_result(folder, name)) is not None}
+    if not found:
         return "What sharing brings has not been measured yet (`python bench/prefix_sharing.py`)."
-    tasks = [file["workload"] for file in report["files"]]
+    return "\n\n".join(_by_sharing(name, report) for name, report in found.items())
+
+
+def _by_sharing(name: str, report: Mapping[str, Any]) -> str:
+    tasks, dtype = [file["workload"] for file in report["files"]], report["files"][0]["dtype"]
     lines = [
         wrapped(
-            f"**What sharing brings.** `python bench/prefix_sharing.py --queries {tasks[0]['queries']} --questions "
-            f"{tasks[1]['queries']} --rounds {report['rounds']}`: "
-            f"{report['model']}; {machine(report['environment'])}; {' and '.join(map(amount, tasks))}. By turns; "
+            f"**What sharing brings.** `python bench/prefix_sharing.py --dtype {dtype} --queries {tasks[0]['queries']} "
+            f"--questions {tasks[1]['queries']} --rounds {report['rounds']}`: {report['model']} in {dtype}; "
+            f"{machine(report['environment'])}; {' and '.join(map(amount, tasks))}. By turns; "
             f"medians of {report['rounds']} rounds as multiples of fastscore's, in brackets the lowest and highest "
-            f"ratio of a round ({link(SHARING)}):"
+            f"ratio of a round ({link(name)}).{emulated(report['files'][0], dtype)}"
         ),
         "",
         f"| | {' | '.join(map(file_name, tasks))} |",
@@ -157,9 +162,9 @@ def sharing(folder: Path) -> str:
     ]
     shared = [f"{f['sharing_factor']:.2f} (whole file {f['whole_file_sharing_factor']:.2f})" for f in report["files"]]
     lines.append(f"| tokens over distinct prefixes | {' | '.join(shared)} |")
-    for name in report["files"][0]["contenders"]:
-        times = [ratio(file["contenders"][name]) for file in report["files"]]
-        lines.append(f"| {MEANING.get(name, name)} | {' | '.join(times)} |")
+    for contender in report["files"][0]["contenders"]:
+        times = [ratio(file["contenders"][contender]) for file in report["files"]]
+        lines.append(f"| {MEANING.get(contender, contender)} | {' | '.join(times)} |")
     return "\n".join(lines)
 
 

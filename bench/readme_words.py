@@ -33,6 +33,17 @@ def _cpu(where: Mapping[str, Any]) -> str:
     return f"{where['cpu']} ({where['cpu_capability']}), {threads}"
 
 
+def emulated(report: Mapping[str, Any], dtype: str) -> str:
+    """A sentence on a comparison in which fastscore widened its weights; else ""."""
+    settings = [found.get("settings", {}) for found in report["contenders"].values()]
+    if not any("products in float32" in str(each.get("forward")) for each in settings):
+        return ""
+    return (
+        f" This CPU has no instructions for {dtype}: fastscore widens weights to fp32 as it multiplies them; its peers "
+        f"compute in {dtype} as PyTorch does there, at a fraction of fp32's rate."
+    )
+
+
 def file_name(task: Mapping[str, Any]) -> str:
     """A file of the shared data in words."""
     return task["source"].replace("nq_qa.jsonl", "Natural Questions").replace("logiqa_mc.jsonl", "LogiQA")

@@ -45,13 +45,14 @@ def choose_forward(
     while True:
         provider = choose_provider(config.attention, needs, passed_over)
         reason = ""
-        if isinstance(decoder, Decoder):
-            own = _own_forward(decoder, model.device, config, provider)
-            if not (reason := check.forward(own.forward)):  # and so is the provider's attention, in the same pass
-                return own
-            del own  # it may hold the weights once more
-        if not (wrong := check.provider(provider.load())):
-            break
+        if not (wrong := _broken(provider)):
+            if isinstance(decoder, Decoder):
+                own = _own_forward(decoder, model.device, config, provider)
+                if not (reason := check.forward(own.forward)):  # and so is the provider's attention, in the same pass
+                    return own
+                del own  # it may hold the weights once more
+            if not (wrong := check.provider(provider.load())):
+                break
         if config.attention != "auto":
             raise InputError(f"attention provider {config.attention!r} cannot be used: {wrong}")
         logger.warning("attention by %s passed over: %s", provider.name, wrong)
@@ -68,6 +69,15 @@ def choose_forward(
         logger.info("%s run: %s", name, reason)
         name = f"{name}: {reason}"
     return ChosenForward(provider, ModelForward(model, provider.load()), name)
+
+
+def _broken(provider: Provider) -> str:
+    """Why a provider's library, which is there, cannot be imported; or ""."""
+    try:
+        provider.load()
+    except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
+        return f"importing it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+    return ""
 
 
 def _own_forward(decoder: Decoder, device: torch.device, config: ScorerConfig, provider: Provider) -> ChosenForward:

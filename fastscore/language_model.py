@@ -130,8 +130,9 @@ class LanguageModel:
                 size, padded_to = min(left, DETERMINISTIC_TOKENS), DETERMINISTIC_TOKENS
             else:
                 size, padded_to = pack_size(left, self.max_batch_tokens), 0
-            pack = cut_pack(tree, start, size, padded_to).to(self.device)
+            carry: CarriedKeys | None = None
             try:
+                pack = cut_pack(tree, start, size, padded_to).to(self.device)
                 with torch.inference_mode():
                     # Products of another number of rows sum in another order.
                     hidden, carry = self.forward(pack, carried, None if self.deterministic else pack.answer_row_A)
@@ -139,6 +140,7 @@ class LanguageModel:
             except torch.OutOfMemoryError:
                 if self.deterministic or size <= SMALLEST_BUDGET or self.followers is not None:
                     raise
+            if carry is None:
                 self._halve_budget(size)
                 continue
             carried = carry
@@ -148,35 +150,49 @@ class LanguageModel:
     def _run_padded(
         self, requests: Sequence[ScoringRequest], slot_offset_R: Ints
     ) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Group by group. Out of memory: the group is halved."""
+        """Group by group. Out of memory: the budget is halved, and what is left grouped again."""
         seq2seq = self.mode == "encoder-decoder"
-        groups = (seq2seq_groups if seq2seq else padded_groups)(requests, self.max_batch_tokens)
+        group_of = seq2seq_groups if seq2seq else padded_groups
         config = self.model.config
-        while groups:
-            group = groups.pop(0)
-            batch: PaddedBatch | Seq2SeqBatch
-            if seq2seq:
-                start, pad = config.decoder_start_token_id, config.pad_token_id or 0
-                batch = seq2seq_batch(requests, group, slot_offset_R, start, pad).to(self.device)
-            else:
-                batch = padded_batch(requests, group, slot_offset_R).to(self.device)
-            try:
-                with torch.inference_mode(), own_attention(self.model):  # a model that packs has some requests padded
-                    if isinstance(batch, PaddedBatch):
-                        hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
+        left = list(range(len(requests)))
+        while left:
+            # Each by itself where no score may depend on what else there is.
+            budget = 1 if self.deterministic else self.max_batch_tokens
+            groups = group_of([requests[index] for index in left], budget)
+            for group in [[left[place] for place in places] for places in groups]:
+                batch: PaddedBatch | Seq2SeqBatch
+                hidden_AD: torch.Tensor | None = None
+                try:
+                    if seq2seq:
+                        start, pad = config.decoder_start_token_id, config.pad_token_id or 0
+                        batch = seq2seq_batch(requests, group, slot_offset_R, start, pad).to(self.device)
                     else:
-                        hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
-            except torch.OutOfMemoryError:
-                if len(group) == 1 or self.followers is not None:
-                    raise
-                self._halve_budget(batch.num_tokens)
-                middle = len(group) // 2
-                groups[:0] = [group[:middle], group[middle:]]
-                continue
-            yield batch, hidden_AD
+                        batch = padded_batch(requests, group, slot_offset_R).to(self.device)
+                    # A model that packs has some requests padded.
+                    with torch.inference_mode(), own_attention(self.model):
+                        if isinstance(batch, PaddedBatch):
+                            hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
+                        else:
+                            hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
+                except torch.OutOfMemoryError:
+                    if len(group) == 1 or self.followers is not None:
+                        raise
+                if hidden_AD is None:
+                    self._halve_budget(sum(len(requests[index].token_ids) for index in group))
+                    break
+                done = set(group)
+                left = [index for index in left if index not in done]
+                yield batch, hidden_AD
+
+    @property
+    def batch_room(self) -> int:
+        """Tokens that a batch could hold."""
+        packed = self.deterministic and self.mode == "packed"
+        return DETERMINISTIC_TOKENS if packed else self.max_batch_tokens
 
     def _halve_budget(self, failed_tokens: int) -> None:
-        self.max_batch_tokens = max(SMALLEST_BUDGET, failed_tokens // 2)
+        """Called after the exception is done with, which holds on to what the batch had computed."""
+        self.max_batch_tokens = max(SMALLEST_BUDGET, min(failed_tokens, self.max_batch_tokens) // 2)
         logger.warning(
             "%s ran out of memory with a batch of %d tokens; going on with batches of %d",
             self.device,

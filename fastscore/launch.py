@@ -105,7 +105,7 @@ class Launch:
             done += share * len(batch.slot_Q)
             stats.tokens_computed += batch.num_tokens
             stats.packs += 1
-            stats.pack_tokens += max(model.max_batch_tokens, batch.num_tokens)
+            stats.pack_tokens += max(model.batch_room, batch.num_tokens)
             stats.seconds += time.perf_counter() - started
             if self._on_progress is not None:
                 self._on_progress(replace(stats, pairs=stats.pairs + int(done)))

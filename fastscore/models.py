@@ -20,7 +20,7 @@ from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
 from fastscore.packed_forward import ATTENTION_NAME, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
-from fastscore.quantize import quantize_linears
+from fastscore.quantize import is_quantized, quantize_linears
 from fastscore.self_check import SelfCheck, probe_requests
 from fastscore.split_model import agree, split_over_processes
 from fastscore.types import InputError, ScoringRequest, dtype_name
@@ -88,11 +88,10 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
-    choose_provider(
-        config.attention,
-        AttentionNeeds(device.type, dtype_name(dtype), deterministic=config.deterministic),
-    )
+    if config.attention != "auto":
+        # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
+        needs = AttentionNeeds(device.type, dtype_name(dtype), deterministic=config.deterministic)
+        choose_provider(config.attention, needs)
     auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
     if config.tensor_parallel:
@@ -156,10 +155,16 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
     if chosen is None and config.own_forward_option:
         raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
     own = chosen.forward if chosen is not None and isinstance(chosen.forward, OwnForward) else None
-    if own is None and device.type == "cpu" and config.quantize is None and not multiplies(device, model.dtype):
+    # Its own layers run, for all requests or for the long ones.
+    slow = own is None or _longest_short_input(model.config) is not None
+    if (
+        slow
+        and device.type == "cpu"
+        and not (multiplies(device, model.dtype) or any(map(is_quantized, model.modules())))
+    ):
         logger.warning(
-            "this CPU has no instructions for %s products, and this model runs its own layers: --dtype fp32 is faster, "
-            "and nearer to the truth",
+            "PyTorch has no fast %s products on this CPU, and this model's own layers use them: fp32 is faster, and "
+            "nearer to the truth",
             _dtype_name(model.dtype),
         )
     loaded = LanguageModel(
@@ -202,7 +207,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32 (emulated bf16 crawls)."""
+    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if multiplies(device, torch.bfloat16) else torch.float32

@@ -130,14 +130,23 @@ def _shared_with_previous(ids: Ints, start_R: Ints, length_R: Ints) -> Ints:
 
 
 def _longest_first(order_R: Ints, shared_R: Ints, input_R: Ints) -> tuple[Ints, Ints]:
-    """Groups that share no token with one another, those with the longest request first."""
-    is_first_R = shared_R == 0
-    group_R = np.cumsum(is_first_R) - 1
-    longest_G = np.zeros(int(is_first_R.sum()), dtype=np.int64)
-    np.maximum.at(longest_G, group_R, input_R[order_R])
-    place_R = np.argsort(-longest_G[group_R], kind="stable")
-    # Groups of one length stay whole because the sort is stable and each is contiguous.
-    return order_R[place_R], shared_R[place_R]
+    """Groups that share no token with one another, those with the longest request first; and within a group those parts
+    that share no more than all of it does, such as a template's first words."""
+    if not len(order_R):
+        return order_R, shared_R
+    is_group_R = shared_R == 0
+    group_R = np.cumsum(is_group_R) - 1
+    # What all of a group share is the least that any two neighbours do.
+    common_G = np.minimum.reduceat(np.where(is_group_R, input_R.max(), shared_R), np.flatnonzero(is_group_R))
+    part_R = np.cumsum(shared_R <= common_G[group_R]) - 1
+    length_R = input_R[order_R]
+    longest_R = [np.maximum.reduceat(length_R, np.flatnonzero(np.diff(of, prepend=-1)))[of] for of in (group_R, part_R)]
+    # Stable, and each part is contiguous: its requests stay together and in their order.
+    place_R = np.lexsort((part_R, -longest_R[1], group_R, -longest_R[0]))
+    order_R, shared_R, group_R, part_R = order_R[place_R], shared_R[place_R], group_R[place_R], part_R[place_R]
+    is_part_R = np.diff(part_R, prepend=-1) != 0
+    shared_R = np.where(is_part_R, common_G[group_R], shared_R)
+    return order_R, np.where(np.diff(group_R, prepend=-1) != 0, 0, shared_R)
 
 
 def _chains(

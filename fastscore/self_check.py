@@ -102,6 +102,7 @@ class SelfCheck:
             raise
         except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
             reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+        reason = reason or _lost_window(model, recorder.needs)
         if reason:
             model.set_attn_implementation(original)
         return reason, recorder.needs
@@ -206,6 +207,20 @@ class _Recorder:
             softcap=softcap,
             sinks=sinks,
         )
+
+
+def _lost_window(model: PreTrainedModel, needs: AttentionNeeds) -> str:
+    """Why a sliding window would be lost, or "". Some models have it in the mask alone, which packs don't take, and the
+    probes are shorter than any window."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if not window or needs.sliding_window or "sliding_attention" not in types:
+        return ""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not getattr(config, "use_sliding_window", True) or (longest is not None and window >= longest):
+        return ""
+    return f"its layers don't tell their attention of the sliding window of {window} tokens"
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

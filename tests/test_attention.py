@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastscore.attention import PROVIDERS, AttentionNeeds, available_providers, choose_provider
+from fastscore.attention import PROVIDERS, AttentionNeeds, available_providers, choose_provider, registry
 from fastscore.attention import spans as spans_module
 from fastscore.attention import varlen as varlen_module
 from fastscore.attention.batches import batch_spans
@@ -327,6 +327,27 @@ def test_the_next_provider_is_taken() -> None:
         choose_provider("fast", NEEDS)
     names = [name for name, _, _ in available_providers(NEEDS)]
     assert names == list(PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        (AttentionNeeds("cuda", "bfloat16", softcap=True), ["it has no soft cap"]),
+        (AttentionNeeds("cuda", "float32"), ["it takes bf16 and fp16, not float32"]),
+        (AttentionNeeds("cuda", "bfloat16"), []),
+        (AttentionNeeds("cpu", "float32"), []),
+        (AttentionNeeds("cpu", "float32", deterministic=True), []),
+    ],
+)
+def test_what_a_model_asks_for_and_a_provider_lacks_is_told(
+    needs: AttentionNeeds, told: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not what the device or the installation lacks."""
+    monkeypatch.setattr(registry, "_has", lambda module: module == "torch.nn.attention.varlen")
+    with caplog.at_level("INFO", logger="fastscore"):
+        choose_provider("auto", needs)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"attention by torch-varlen is not possible: {reason}" for reason in told]
 
 
 def test_segment_of_the_reference_is_torch_attention() -> None:

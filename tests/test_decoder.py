@@ -16,7 +16,7 @@ from truth import alone_in, plain_model
 
 from fastscore.attention import PROVIDERS
 from fastscore.config import ScorerConfig
-from fastscore.decoder import OwnForward, choose_operators, read_decoder
+from fastscore.decoder import OwnForward, choose_operators, instructions, read_decoder
 from fastscore.decoder import operators as operators_module
 from fastscore.decoder.operators import CompiledOperators, Operators, PackedOperators, packing_works
 from fastscore.models import prepare_model
@@ -27,7 +27,10 @@ from fastscore.quantize import quantize_linears
 from fastscore.types import CarriedKeys, InputError, ScoringRequest
 
 OWN = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "gemma", "gemma2", "gemma3_text"]
-BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "granite": {"embedding_multiplier": 12.3},
+}
 OTHERS = ["olmo2", "cohere", "mixtral", "gpt2", "gpt_oss"]
 
 
@@ -115,15 +118,13 @@ def test_bf16_with_an_fp32_residual_is_nearer_to_the_truth(family: str, tmp_path
 @pytest.mark.parametrize("family", OWN)
 def test_widened_weights_give_the_fp32_models_numbers(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Those of the same rounded weights in an fp32 model, unpadded: nothing else is rounded."""
-    model = packed_model(make_tiny_model(tmp_path, family, **BIASES.get(family, {})), dtype)
+    model = packed_model(make_tiny_model(tmp_path, family, **OPTIONS.get(family, {})), dtype)
     exact = packed_model(tmp_path, dtype).float()
     truth = hidden_states(ModelForward(exact, PROVIDERS["reference"].load()), 10_000, False)
     own = own_forward(model, Operators(torch.float32, wide=True, widened=True))
-    # Gemma's embeddings are multiplied by the root of their size in the weights' dtype, in the model's own module.
-    close = {"rtol": 0.02, "atol": 0.02} if family.startswith("gemma") else {"rtol": 1e-5, "atol": 2e-5}
     for size in (10_000, 60, 7):
         for only_answers in (False, True):
-            torch.testing.assert_close(hidden_states(own, size, only_answers), truth, **close)
+            torch.testing.assert_close(hidden_states(own, size, only_answers), truth, rtol=1e-5, atol=2e-5)
     assert own.decoder.layers[0].qkv.weight.dtype == dtype, "memory holds them as they were loaded"
 
 
@@ -150,6 +151,10 @@ def test_compiled_operators_compute_the_same(tmp_path: Path) -> None:
     model = packed_model(make_tiny_model(tmp_path, "llama"))
     plain = hidden_states(own_forward(model, Operators(torch.float32, wide=True)), 60, True)
     compiled = hidden_states(own_forward(model, CompiledOperators(torch.float32, wide=True)), 60, True)
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=2e-5)
+    half = packed_model(tmp_path, torch.bfloat16)
+    plain = hidden_states(own_forward(half, Operators(torch.float32, wide=True, widened=True)), 60, True)
+    compiled = hidden_states(own_forward(half, CompiledOperators(torch.float32, wide=True, widened=True)), 60, True)
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=2e-5)
 
 
@@ -235,17 +240,45 @@ def test_operators_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(choose_operators(cpu, torch.float32, torch.float32, wide=True, compiled=False)) is Operators
     assert type(choose_operators(cpu, torch.float32, torch.float32, wide=True, compiled=True)) is CompiledOperators
     for native in (True, False):
-        monkeypatch.setattr(operators_module, "multiplies", lambda device, dtype, can=native: can)
+
+        def multiplies(device: torch.device, dtype: torch.dtype, can: bool = native) -> bool:
+            assert (device, dtype) in ((cpu, torch.float16), (cpu, torch.bfloat16), (cpu, torch.float32))
+            return can or dtype == torch.float32
+
+        monkeypatch.setattr(operators_module, "multiplies", multiplies)
         for compiled in (True, False):
             chosen = choose_operators(cpu, torch.float16, torch.float32, wide=True, compiled=compiled)
             assert ("products in float32" in chosen.description) is not native
+            chosen = choose_operators(cpu, torch.float32, torch.float32, wide=True, compiled=compiled)
+            assert "products in float32" not in chosen.description
+            chosen = choose_operators(torch.device("cuda"), torch.float16, torch.float32, wide=True, compiled=compiled)
+            assert "products in float32" not in chosen.description
+
+
+def test_x86_multiplies_bf16_only_with_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN takes AVX-512 alone for enough, and emulates."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(instructions.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for tile in (True, False):
+        for avx in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=tile: has)
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx: has)
+            assert instructions.multiplies(cpu, torch.bfloat16) is (tile or avx)
+    monkeypatch.setattr(instructions.platform, "machine", lambda: "aarch64")
+    assert instructions.multiplies(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert [instructions.multiplies(cpu, dtype) for dtype in (torch.bfloat16, torch.float16)] == [False, False]
+    assert instructions.multiplies(cpu, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_without_instructions_scores_are_those_of_fp32(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the whole scorer, LM head included: only the weights are rounded."""
+    """Through the whole scorer, LM head included: only the weights are rounded, and with the model's own residual dtype
+    the sums of layers."""
     from fastscore import Scorer
 
     monkeypatch.setattr(operators_module, "multiplies", lambda device, dtype: False)
@@ -257,6 +290,10 @@ def test_without_instructions_scores_are_those_of_fp32(
     for score, truth in zip(scores, alone_in(rounded, pairs), strict=True):
         assert score.token_logprobs == pytest.approx(truth, abs=1e-5)
     assert scorer.describe()["forward"].endswith("products in float32")
+    narrow = Scorer(str(folder), dtype=dtype, device="cpu", residual="model")  # type: ignore[arg-type]
+    again = [p for score in narrow.score_tokens(pairs) for p in score.token_logprobs]
+    differences = [abs(a - b) for a, b in zip(again, [p for s in scores for p in s.token_logprobs], strict=True)]
+    assert 0 < sum(differences) / len(differences) < 0.1
 
 
 def test_scores_of_a_bf16_model_agree_with_fp32(tmp_path: Path) -> None:

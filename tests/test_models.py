@@ -110,17 +110,19 @@ def test_dtype_auto_is_bf16_only_where_it_is_native(llama: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "longrope"])
 def test_products_without_instructions_are_told_where_they_remain(
     family: str, native: bool, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     """fastscore's own forward pass has none; the model's own layers do."""
     monkeypatch.setattr(models, "multiplies", lambda device, dtype: native or dtype == torch.float32)
     with caplog.at_level(logging.WARNING, logger="fastscore"):
-        Scorer(str(make_tiny_model(tmp_path, family)), dtype=dtype, device="cpu").score_tokens(token_pairs())
-    told = f"this CPU has no instructions for {dtype} products, and this model runs its own layers: "
-    found = [record.getMessage() for record in caplog.records if record.getMessage().startswith(told)]
-    assert len(found) == (family == "gpt2" and dtype != "fp32" and not native)
+        folder = longrope(tmp_path) if family == "longrope" else make_tiny_model(tmp_path, family)
+        Scorer(str(folder), dtype=dtype, device="cpu").score_tokens(token_pairs())
+    told = f"PyTorch has no fast {dtype} products on this CPU, and this model's own layers use them: "
+    is_slow = family != "llama" and dtype != "fp32" and not native
+    expected = [f"{told}fp32 is faster, and nearer to the truth"] if is_slow else []
+    assert [record.getMessage() for record in caplog.records if record.name == "fastscore"] == expected
 
 
 def test_device_map(llama: Path) -> None:
@@ -192,13 +194,50 @@ def test_layers_that_no_probe_tells_apart_run_padded(tmp_path: Path) -> None:
     assert scorer.describe()["mode_reason"] == "layers of type chunked_attention"
 
 
+def longrope(folder: Path) -> Path:
+    """A model that turns positions by other angles in sequences of more than 32 tokens."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    return make_tiny_model(folder, "phi3", rope_parameters=rope, original_max_position_embeddings=32)
+
+
+def test_longrope_deterministic_scores_do_not_depend_on_neighbours(tmp_path: Path) -> None:
+    """Long requests take the padded path: each by itself."""
+    scorer = Scorer(str(longrope(tmp_path)), dtype="fp32", deterministic=True)
+    pairs = token_pairs((5, 60, 20, 90, 27, 61, 31, 75))
+    together = scorer.score_tokens(pairs)
+    scorer.load().max_batch_tokens = 70
+    assert scorer.score_tokens(pairs[::-1])[::-1] == together
+    assert [scorer.score_tokens([pair])[0] for pair in pairs] == together
+    assert_close([list(score.token_logprobs) for score in together], alone(tmp_path, pairs))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2_moe", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("phimoe", {}),
+    ],
+)
+def test_a_window_that_only_the_mask_knows_is_not_lost(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Packs have no mask: such a model runs padded. Without its window it is packed."""
+    pairs = token_pairs((5, 60, 20, 90, 27))
+    folder = make_tiny_model(tmp_path / "window", family, sliding_window=40, **options)
+    scorer = Scorer(str(folder), dtype="fp32")
+    assert_close(token_logprobs(scorer, pairs), alone(folder, pairs))
+    assert scorer.describe()["mode"] == "padded"
+    assert scorer.describe()["mode_reason"] == "its layers don't tell their attention of the sliding window of 40 tokens"
+    folder = make_tiny_model(tmp_path / "none", family)
+    scorer = Scorer(str(folder), dtype="fp32")
+    assert_close(token_logprobs(scorer, pairs), alone(folder, pairs))
+    assert scorer.describe()["mode"] == "packed"
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("budget", [60, 4096])
 def test_longrope_lengths_do_not_mix(attention: str, budget: int, tmp_path: Path) -> None:
     """Phi-3's long factors hold for every position of a batch that has one long sequence in it."""
-    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
-    folder = make_tiny_model(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    folder = longrope(tmp_path)
     pairs = token_pairs((5, 60, 20, 90, 27, 12, 31))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     scorer = Scorer.from_model(model, make_tokenizer(tmp_path / "tokenizer"), max_batch_tokens=budget)

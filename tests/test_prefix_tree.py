@@ -120,6 +120,17 @@ def test_longest_chains_first() -> None:
     assert tree.token_ids_U[tree.segment_start_S].tolist() == [50, 90, 10]
 
 
+def test_longest_chains_first_behind_what_all_share() -> None:
+    """As a template's first words are; two templates, and the requests of each by length."""
+    kinds = (((1, 2), 10, 4), ((1, 2), 50, 9), ((1, 2), 90, 6), ((3,), 10, 20), ((3,), 40, 2), ((3,), 70, 5))
+    batch = [ScoringRequest((*stem, *range(first, first + length)), 1) for stem, first, length in kinds]
+    tree = build_prefix_tree(batch)
+    check_tree(tree, batch)
+    firsts = tree.token_ids_U[tree.segment_start_S].tolist()
+    assert firsts == [3, 70, 40, 1, 90, 10]
+    assert tree.num_tokens == 2 + 1 + sum((3, 8, 5, 19, 1, 4))
+
+
 @settings(max_examples=300, deadline=None)
 @given(requests(max_length=14), st.integers(1, 20))
 def test_packs_see_exactly_their_chains(batch: list[ScoringRequest], budget: int) -> None:

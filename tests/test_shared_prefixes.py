@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -134,6 +136,37 @@ def test_windows_only_bound_what_is_shared(llama: Path) -> None:
     assert computed[0] > computed[1] > computed[2]
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    pairs=token_pairs(),
+    candidates=st.lists(st.lists(st.integers(3, 8), max_size=12), min_size=1, max_size=3),
+    window=st.integers(1, 300),
+    budget=st.integers(1, 200),
+)
+def test_any_rows_window_and_budget(
+    pairs: Pairs,
+    candidates: list[list[int]],
+    window: int,
+    budget: int,
+    scorers: list[Scorer],
+    truth: Callable[[Pairs], list[list[float]]],
+) -> None:
+    """Every row of a file is answered once, in its order, as if each of its pairs were alone."""
+    rows = [
+        {"query_inputs": prompt, "answer_inputs": answer, "context_inputs": [], "score_inputs": candidates}
+        for prompt, answer in pairs
+    ]
+    expected = truth([(candidate + prompt, answer) for prompt, answer in pairs for candidate in candidates])
+    for scorer in (scorers[0], scorers[-1]):
+        scorer.load().max_batch_tokens = budget
+        with mock.patch.object(scorer._rows, "_config", replace(scorer.config, window_tokens=window)):
+            found = scorer.score_rows(rows, task="lrlm")
+        means = iter([sum(each) / len(each) for each in expected])
+        assert len(found) == len(rows)
+        for row in found:
+            assert row["teacher_scores"] == pytest.approx([next(means) for _ in candidates], abs=1e-5)
+
+
 def test_rows_come_back_before_all_are_read(llama: Path) -> None:
     """A stream is read a window (and a tokenizer's portion) ahead, not whole."""
     read = 0
@@ -195,6 +228,42 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
     assert max(tried) <= 70, "what was learned is kept"
 
 
+@pytest.mark.parametrize("family", ["bloom", "t5"])
+def test_out_of_memory_in_padded_batches(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is left is grouped again, the budget only falls, and it is said once for every time it does."""
+    limit = 300
+    folder = make_tiny_model(tmp_path / family, family)
+    scorer = scorer_of(folder, max_batch_tokens=4096)
+    tried: list[int] = []
+    name = "seq2seq_hidden" if family == "t5" else "padded_hidden"
+    real = getattr(language_model, name)
+
+    def hidden(model: Any, batch: Any) -> torch.Tensor:
+        tried.append(batch.num_tokens)
+        if batch.num_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        found: torch.Tensor = real(model, batch)
+        return found
+
+    scorer.load()
+    caplog.clear()
+    monkeypatch.setattr(language_model, name, hidden)
+    pairs = [pair for prompt, answer in long_pairs() for pair in ((prompt, answer), (prompt[:20], answer))]
+    with caplog.at_level(logging.WARNING, "fastscore"):
+        scores = scorer.score_tokens(pairs)
+    for score, expected in zip(scores, alone_in(plain_model(folder), pairs), strict=True):
+        assert score.token_logprobs == pytest.approx(expected, abs=1e-5)
+    budgets = [int(record.getMessage().split()[-1]) for record in caplog.records]
+    assert len(budgets) == sum(tokens > limit for tokens in tried) > 1
+    assert budgets == sorted(budgets, reverse=True)
+    assert scorer.load().max_batch_tokens == budgets[-1] >= language_model.SMALLEST_BUDGET
+    tried.clear()
+    scorer.score_tokens(pairs)
+    assert max(tried) <= limit, "what was learned is kept"
+
+
 def test_out_of_memory_at_the_smallest_budget_ends_the_run(llama: Path) -> None:
     scorer = scorer_of(llama)
     tried = out_of_memory_above(0, scorer)
@@ -223,6 +292,25 @@ def test_a_provider_that_is_wrong_is_passed_over(
     assert "attention by dense passed over: it is wrong" in caplog.text
     with pytest.raises(InputError, match="'dense' cannot be used: it is wrong"):
         scorer_of(llama, attention="dense").load()
+
+
+def test_a_provider_whose_library_is_broken_is_passed_over(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is there, so that it was chosen, and importing it fails."""
+    monkeypatch.delitem(sys.modules, "fastscore.attention.dense", raising=False)
+    monkeypatch.setitem(sys.modules, "fastscore.attention.batches", None)
+    with caplog.at_level(logging.WARNING, "fastscore"):
+        assert scorer_of(llama).describe()["attention"] == "reference"
+    assert "attention by dense passed over: importing it fails (ModuleNotFoundError: " in caplog.text
+    with pytest.raises(InputError, match="'dense' cannot be used: importing it fails"):
+        scorer_of(llama, attention="dense").load()
+
+
+def test_deterministic_packs_are_counted_by_their_own_size(llama: Path) -> None:
+    scorer = scorer_of(llama, deterministic=True, max_batch_tokens=50_000)
+    scorer.score_tokens(long_pairs())
+    assert scorer.stats.pack_tokens == scorer.stats.packs * language_model.DETERMINISTIC_TOKENS > 0
 
 
 def test_deterministic_needs_packs(tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
     "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_COMMON,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+    },
+    "phimoe": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma": _COMMON,
     "gemma2": {**_COMMON, "sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_COMMON, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -101,6 +109,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 16,
         "pad_token_id": 0,
     },
+    "jamba": {
+        **_COMMON,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+        "pad_token_id": 0,
+    },
+    "falcon_h1": {
+        **_COMMON,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+        "pad_token_id": 0,
+    },
+    "qwen3_next": {
+        **_COMMON,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     # Encoder-decoder.
     "t5": {
         "vocab_size": VOCAB_SIZE,
@@ -125,7 +164,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
     },
 }
-PADDED_FAMILIES = ["bloom", "mpt", "mamba", "falcon", "gptj", "llama4_text"]
+PADDED_FAMILIES = ["bloom", "mpt", "mamba", "falcon", "gptj", "llama4_text", "jamba", "falcon_h1", "qwen3_next"]
 SEQ2SEQ_FAMILIES = ["t5", "bart"]
 PACKED_FAMILIES = [family for family in FAMILIES if family not in (*PADDED_FAMILIES, *SEQ2SEQ_FAMILIES)]
 

@@ -200,13 +200,22 @@ def choose_provider(name: str, needs: AttentionNeeds, passed_over: Collection[st
                 continue
             if not (reason := provider.unusable(needs)):
                 return provider
-            logger.debug("attention by %s is not possible: %s", provider.name, reason)
+            # What the device or an installation lacks is no news; what this model asks for is, and is said once.
+            news = not passed_over and not provider.unusable(_any_model(needs))
+            logger.log(
+                logging.INFO if news else logging.DEBUG, "attention by %s is not possible: %s", provider.name, reason
+            )
         raise InputError("no attention provider can serve this model on this device")
     if name not in PROVIDERS:
         raise InputError(f"unknown attention provider {name!r}; known: auto, {', '.join(PROVIDERS)}")
     if reason := PROVIDERS[name].unusable(needs):
         raise InputError(f"attention provider {name!r} cannot be used: {reason}")
     return PROVIDERS[name]
+
+
+def _any_model(needs: AttentionNeeds) -> AttentionNeeds:
+    """What a model that asks for nothing special needs on that device."""
+    return AttentionNeeds(needs.device_type, "bfloat16", deterministic=needs.deterministic)
 
 
 def available_providers(needs: AttentionNeeds) -> list[tuple[str, bool, str]]:

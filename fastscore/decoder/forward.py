@@ -1,7 +1,8 @@
 """The forward pass of a decoder over a pack.
 
-The residual stream, norms and rotary embeddings are in fp32 around products in the model's dtype: what a product gives
-is rounded once, and sums over layers are not rounded at all. In the last layer the output projection and the
+The residual stream, norms and rotary embeddings are in fp32 around products in the model's dtype (or in fp32, see
+:class:`~fastscore.decoder.operators.Operators`): what a product gives is rounded once, and sums over layers are not
+rounded at all. In the last layer the output projection and the
 feed-forward network run for those rows alone that somebody asks for.
 
 Shapes: T packed tokens, C carried keys, A rows that are asked for, D hidden, H query heads, K key-value heads, d head

@@ -1,18 +1,31 @@
-"""Which products a device has instructions for."""
+"""Which products a device is made for."""
 
 from __future__ import annotations
+
+import platform
 
 import torch
 
 
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device has instructions for products of that dtype, and this PyTorch what uses them (for a CPU,
-    Apple's builds do not). Without, PyTorch computes them all the same, in other ways."""
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        if not torch.backends.mkldnn.is_available():
-            return False
-        name = "bf16" if dtype == torch.bfloat16 else "fp16"
-        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+    Apple's builds do not). Without, PyTorch computes them all the same, in slower ways."""
+    if device.type == "cpu":
+        return _cpu_multiplies(dtype)
     if dtype == torch.bfloat16:
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return True
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # On x86 that means AVX-512, with which oneDNN can emulate bf16 at half the speed of fp32.
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

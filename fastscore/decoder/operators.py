@@ -52,11 +52,9 @@ class Operators:
 
     def embed(self, decoder: Decoder, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Embeddings in the residual's dtype."""
-        hidden_TD: torch.Tensor = decoder.embedding(token_ids_T)
-        if decoder.embedding_scale != 1.0:
-            hidden_TD = hidden_TD * decoder.embedding_scale
         # A copy, even where the dtype stays: the residual is added to in place.
-        return hidden_TD.to(self.residual_dtype, copy=True)
+        hidden_TD: torch.Tensor = decoder.embedding(token_ids_T).to(self.residual_dtype, copy=True)
+        return hidden_TD if decoder.embedding_scale == 1.0 else hidden_TD.mul_(decoder.embedding_scale)
 
     def rotary_tables(self, decoder: Decoder, position_ids_T: torch.Tensor) -> dict[str, Table]:
         """By the model's own module, which knows every way of stretching positions; asked in fp32."""
@@ -72,9 +70,10 @@ class Operators:
         return rms_norm(hidden_TD, norm.weight, norm.eps).to(dtype)
 
     def linear(self, hidden_TD: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """The product in the dtype of ``hidden_TD``: the weights' own, or fp32 where they are widened."""
-        bias = None if linear.bias is None else linear.bias.to(hidden_TD.dtype)
-        return F.linear(hidden_TD, linear.weight.to(hidden_TD.dtype), bias)
+        """The product in the weights' dtype, or in fp32 where they are widened; rounded to it."""
+        if not self._widened:
+            return F.linear(hidden_TD, linear.weight, linear.bias)
+        return F.linear(hidden_TD, linear.weight.float(), None if linear.bias is None else linear.bias.float())
 
     def rotate(
         self, heads_Thd: torch.Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, table: Table | None

@@ -71,7 +71,7 @@ def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
     ]
     for name, values in report["contenders"].items():
         apart = values.get("difference_from_fastscore")
-        distance = "" if apart is None else f"{apart['mean']:.3f}" + ("" if apart["per_token"] else " per pair's mean")
+        distance = "" if apart is None else f"{apart['mean']:.2g}" + ("" if apart["per_token"] else " per pair's mean")
         if "median_seconds" not in values:
             lines.append(f"| {MEANING.get(name, name)} | not timed: its scores differ | | | | {distance} |")
             continue

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from attention_truth import OPTIONS, cpu_varlen, inputs, packs_of, shared_requests, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,116 +20,14 @@ from fastscore.attention.blocked import BLOCK
 from fastscore.attention.reference import attend_segment
 from fastscore.attention.spans import split_spans
 from fastscore.attention.split import split_attention
-from fastscore.attention.varlen import VarlenCall, attend_varlen
+from fastscore.attention.varlen import attend_varlen
 from fastscore.packing import cut_pack
 from fastscore.prefix_tree import build_prefix_tree
-from fastscore.types import InputError, PackedBatch, ScoringRequest
-
-
-def shared_requests(seed: int, count: int = 12, stem: int = 40) -> list[ScoringRequest]:
-    """Requests over a few long stems, with branches at several depths."""
-    rng = random.Random(seed)
-    stems = [[rng.randrange(100) for _ in range(rng.randint(1, stem))] for _ in range(3)]
-    result = []
-    for _ in range(count):
-        tokens = list(rng.choice(stems))
-        if rng.random() < 0.5:
-            tokens = tokens[: rng.randint(1, len(tokens))] + rng.choice(stems)
-        tokens += [rng.randrange(100) for _ in range(rng.randint(1, 12))]
-        result.append(ScoringRequest(tuple(tokens), len(tokens) - 1))
-    return result
-
-
-def packs_of(requests: list[ScoringRequest], size: int) -> list[PackedBatch]:
-    tree = build_prefix_tree(requests)
-    return [cut_pack(tree, start, min(size, tree.num_tokens - start)) for start in range(0, tree.num_tokens, size)]
-
-
-def inputs(
-    pack: PackedBatch, dtype: torch.dtype, seed: int = 0, heads: int = 4, kv_heads: int = 2, size: int = 16
-) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    keys = pack.num_carried + len(pack.token_ids_T)
-    return tuple(
-        torch.randn(*shape, generator=generator).to(dtype)
-        for shape in ((len(pack.token_ids_T), heads, size), (keys, kv_heads, size), (keys, kv_heads, size))
-    )
-
-
-def truth(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackedBatch, **options: Any
-) -> torch.Tensor:
-    """One dense product in fp64, with a mask that says key by key what each token sees."""
-    query, key, value = query.double(), key.double(), value.double()
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bounds = [*pack.query_start_S.tolist(), pack.num_segment_tokens]
-    runs = pack.key_runs
-    seen = torch.zeros(len(query), len(key), dtype=torch.bool)
-    for segment in range(pack.num_segments):
-        rows = [
-            row
-            for run in range(runs.offset_S[segment], runs.offset_S[segment + 1])
-            for row in range(int(runs.start_P[run]), int(runs.start_P[run] + runs.length_P[run]))
-        ]
-        first, stop = bounds[segment], bounds[segment + 1]
-        for token in range(first, stop):
-            prefix = rows[: len(rows) - (stop - 1 - token)]
-            seen[token, prefix[-(options.get("sliding_window") or len(prefix)) :]] = True
-    scores = torch.einsum("qhd,khd->qhk", query, key) * options["scaling"]
-    if options.get("softcap"):
-        scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-    scores = scores.masked_fill(~seen[:, None, :], -torch.inf)
-    if options.get("sinks") is not None:
-        scores = torch.cat([scores, options["sinks"].double()[None, :, None].expand(len(query), -1, 1)], dim=2)
-    return torch.einsum("qhk,khd->qhd", scores.softmax(dim=2)[:, :, : len(key)], value)
-
-
-def cpu_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    call: VarlenCall,
-    *,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the libraries' varlen functions do, in plain PyTorch: the orchestration around them runs here on a CPU."""
-    cu_q, cu_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
-    assert max(b - a for a, b in itertools.pairwise(cu_q)) == call.max_seqlen_q
-    assert max(b - a for a, b in itertools.pairwise(cu_k)) == call.max_seqlen_k
-    out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
-    groups = query.shape[1] // key.shape[1]
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
-        keys, values = key[k0:k1].repeat_interleave(groups, 1), value[k0:k1].repeat_interleave(groups, 1)
-        scores = torch.einsum("qhd,khd->qhk", query[q0:q1], keys).float() * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if call.causal:
-            position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
-            hidden = torch.arange(k1 - k0) > position
-            if sliding_window is not None:
-                hidden |= torch.arange(k1 - k0) <= position - sliding_window
-            scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
-        out[q0:q1] = torch.einsum("qhk,khd->qhd", scores.softmax(-1).to(values.dtype), values)
-        lse[q0:q1] = scores.logsumexp(-1)
-    return out, lse if with_lse else None
-
+from fastscore.types import InputError, ScoringRequest
 
 ATTENDS: dict[str, Any] = {
     **{name: PROVIDERS[name].load() for name in ("dense", "blocked", "reference")},
     "varlen": partial(attend_varlen, cpu_varlen),
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "window": {"sliding_window": 7},
-    "wide-window": {"sliding_window": 1000},
-    "softcap": {"softcap": 3.0},
-    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "window-sinks": {"sliding_window": 9, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "all": {"sliding_window": 5, "softcap": 3.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
 }
 
 
@@ -294,6 +192,27 @@ def test_blocked_is_bitwise_the_same_however_a_text_is_cut() -> None:
         branch = ScoringRequest((*tokens[:cut], 777, 3), cut + 1)
         for size in (10_000, 40, 97):
             assert torch.equal(last_row([branch], size), alone)
+
+
+def test_a_window_gathers_no_key_that_nobody_sees() -> None:
+    """Many short segments behind a long prefix: each copies the keys of its window."""
+    stem = tuple(range(3, 203))
+    requests = [ScoringRequest((*stem, 1000 + first, 2000, 3000), 201) for first in range(20)]
+    tree = build_prefix_tree(requests)
+    pack = cut_pack(tree, 0, tree.num_tokens)
+    gathered = []
+
+    def varlen(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> Any:
+        gathered.append(len(key))
+        return cpu_varlen(query, key, *args, **options)
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(tree.num_tokens, heads, 16) for heads in (4, 2, 2))
+    asked: dict[str, Any] = {"scaling": 0.25, "sliding_window": 8, "softcap": None, "sinks": None}
+    out = attend_varlen(varlen, query, key, value, pack, **asked)
+    torch.testing.assert_close(out, ATTENDS["reference"](query, key, value, pack, **asked), rtol=1e-5, atol=1e-5)
+    first = len(stem) + 2
+    assert gathered == [first + 19 * (2 + 8 - 1)]
 
 
 NEEDS = AttentionNeeds("cuda", "bfloat16", 64, 64)

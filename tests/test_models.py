@@ -226,7 +226,9 @@ def test_a_window_that_only_the_mask_knows_is_not_lost(family: str, options: dic
     scorer = Scorer(str(folder), dtype="fp32")
     assert_close(token_logprobs(scorer, pairs), alone(folder, pairs))
     assert scorer.describe()["mode"] == "padded"
-    assert scorer.describe()["mode_reason"] == "its layers don't tell their attention of the sliding window of 40 tokens"
+    assert (
+        scorer.describe()["mode_reason"] == "its layers don't tell their attention of the sliding window of 40 tokens"
+    )
     folder = make_tiny_model(tmp_path / "none", family)
     scorer = Scorer(str(folder), dtype="fp32")
     assert_close(token_logprobs(scorer, pairs), alone(folder, pairs))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastscore.ranges import offsets
+from fastscore.ranges import Ints, offsets
 from fastscore.types import KeyRuns, PackedBatch
 
 
@@ -61,3 +61,15 @@ def split_attention(pack: PackedBatch, min_keys: int) -> AttentionParts:
     kept = length_P > 0
     counts = np.bincount(segment_P[kept], minlength=pack.num_segments)
     return AttentionParts(tuple(rectangles), KeyRuns(offsets(counts), start_P[kept], length_P[kept]))
+
+
+def last_keys(runs: KeyRuns, count_S: Ints) -> KeyRuns:
+    """So many keys of each segment, at most, from its end: a run before them is left out, and one is cut."""
+    segment_P = np.repeat(np.arange(len(count_S)), np.diff(runs.offset_S))
+    stop_P = np.cumsum(runs.length_P)
+    # From the run's first key to the segment's end.
+    behind_P = stop_P[runs.offset_S[1:] - 1][segment_P] - stop_P + runs.length_P
+    skipped_P = np.clip(behind_P - count_S[segment_P], 0, runs.length_P)
+    kept = skipped_P < runs.length_P
+    counts = np.bincount(segment_P[kept], minlength=len(count_S))
+    return KeyRuns(offsets(counts), (runs.start_P + skipped_P)[kept], (runs.length_P - skipped_P)[kept])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastscore.attention.merge import merge_parts
-from fastscore.attention.split import AttentionParts, Rectangle, split_attention
+from fastscore.attention.split import AttentionParts, Rectangle, last_keys, split_attention
 from fastscore.ranges import Ints, offsets, ranges
 from fastscore.types import PackedBatch
 
@@ -100,13 +100,20 @@ def _calls(
     """Made once for all layers that share the window."""
     key = ("varlen", window)
     if key not in pack.memo:
-        # Inside a window a query does not see whole runs, so everything is gathered.
-        parts = split_attention(pack, MIN_RECTANGLE_KEYS) if window is None else AttentionParts((), pack.key_runs)
-        runs = parts.rest
         bounds_q = np.append(pack.query_start_S, pack.num_segment_tokens)
+        runs = pack.key_runs
         keys = ranges(runs.start_P, runs.length_P)
-        bounds_k = offsets(np.add.reduceat(runs.length_P, runs.offset_S[:-1]))
         plain = pack.num_carried == 0 and np.array_equal(keys, np.arange(len(pack.token_ids_T)))
+        parts = AttentionParts((), runs)
+        if window is None:
+            parts = split_attention(pack, MIN_RECTANGLE_KEYS)
+        elif not plain:
+            # Inside a window a query does not see whole runs, so what some query sees is gathered, and no more.
+            parts = AttentionParts((), last_keys(runs, np.diff(bounds_q) + window - 1))
+        if parts.rest is not runs:
+            runs, plain = parts.rest, False
+            keys = ranges(runs.start_P, runs.length_P)
+        bounds_k = offsets(np.add.reduceat(runs.length_P, runs.offset_S[:-1]))
         rest = _call(None, None if plain else keys, bounds_q, bounds_k, True, device)
         pack.memo[key] = rest, [_layer(layer, device) for layer in _layers(parts.rectangles)]
     made: tuple[VarlenCall, list[tuple[VarlenCall, list[slice]]]] = pack.memo[key]

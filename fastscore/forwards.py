@@ -13,7 +13,7 @@ from fastscore.attention import AttentionNeeds, Provider, choose_provider
 from fastscore.config import ScorerConfig
 from fastscore.decoder import Decoder, OwnForward, choose_operators, read_decoder
 from fastscore.packed_forward import ModelForward, PackForward, body_of
-from fastscore.self_check import SelfCheck
+from fastscore.self_check import SelfCheck, error_text
 from fastscore.types import InputError, dtype_name
 
 logger = logging.getLogger("fastscore")
@@ -76,7 +76,7 @@ def _broken(provider: Provider) -> str:
     try:
         provider.load()
     except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
-        return f"importing it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+        return f"importing it fails ({error_text(error)})"
     return ""
 
 

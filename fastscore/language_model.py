@@ -152,37 +152,38 @@ class LanguageModel:
     ) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Group by group. Out of memory: the budget is halved, and what is left grouped again."""
         seq2seq = self.mode == "encoder-decoder"
-        group_of = seq2seq_groups if seq2seq else padded_groups
         config = self.model.config
-        left = list(range(len(requests)))
-        while left:
+
+        def grouped(left: Sequence[int]) -> list[list[int]]:
             # Each by itself where no score may depend on what else there is.
             budget = 1 if self.deterministic else self.max_batch_tokens
-            groups = group_of([requests[index] for index in left], budget)
-            for group in [[left[place] for place in places] for places in groups]:
-                batch: PaddedBatch | Seq2SeqBatch
-                hidden_AD: torch.Tensor | None = None
-                try:
-                    if seq2seq:
-                        start, pad = config.decoder_start_token_id, config.pad_token_id or 0
-                        batch = seq2seq_batch(requests, group, slot_offset_R, start, pad).to(self.device)
+            groups = (seq2seq_groups if seq2seq else padded_groups)([requests[index] for index in left], budget)
+            return [[left[place] for place in group] for group in groups]
+
+        groups = grouped(range(len(requests)))
+        while groups:
+            group = groups.pop(0)
+            batch: PaddedBatch | Seq2SeqBatch
+            hidden_AD: torch.Tensor | None = None
+            try:
+                if seq2seq:
+                    start, pad = config.decoder_start_token_id, config.pad_token_id or 0
+                    batch = seq2seq_batch(requests, group, slot_offset_R, start, pad).to(self.device)
+                else:
+                    batch = padded_batch(requests, group, slot_offset_R).to(self.device)
+                with torch.inference_mode(), own_attention(self.model):  # a model that packs has some requests padded
+                    if isinstance(batch, PaddedBatch):
+                        hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
                     else:
-                        batch = padded_batch(requests, group, slot_offset_R).to(self.device)
-                    # A model that packs has some requests padded.
-                    with torch.inference_mode(), own_attention(self.model):
-                        if isinstance(batch, PaddedBatch):
-                            hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
-                        else:
-                            hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
-                except torch.OutOfMemoryError:
-                    if len(group) == 1 or self.followers is not None:
-                        raise
-                if hidden_AD is None:
-                    self._halve_budget(sum(len(requests[index].token_ids) for index in group))
-                    break
-                done = set(group)
-                left = [index for index in left if index not in done]
-                yield batch, hidden_AD
+                        hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
+            except torch.OutOfMemoryError:
+                if len(group) == 1 or self.followers is not None:
+                    raise
+            if hidden_AD is None:
+                self._halve_budget(sum(len(requests[index].token_ids) for index in group))
+                groups = grouped([index for each in (group, *groups) for index in each])
+                continue
+            yield batch, hidden_AD
 
     @property
     def batch_room(self) -> int:

@@ -155,8 +155,9 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
     if chosen is None and config.own_forward_option:
         raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
     own = chosen.forward if chosen is not None and isinstance(chosen.forward, OwnForward) else None
+    longest_packed = _longest_short_input(model.config)
     # Its own layers run, for all requests or for the long ones.
-    slow = own is None or _longest_short_input(model.config) is not None
+    slow = own is None or longest_packed is not None
     if (
         slow
         and device.type == "cpu"
@@ -181,7 +182,7 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         or default_budget(model.config, device, model.dtype if own is None else own.decoder.dtype),
         share_prefixes=config.share_prefixes,
         deterministic=config.deterministic,
-        longest_packed=_longest_short_input(model.config),
+        longest_packed=longest_packed,
     )
     if chosen is not None:
         logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), chosen.provider.name)

@@ -49,6 +49,11 @@ def tolerance_for(model: PreTrainedModel) -> float:
     return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
+def error_text(error: Exception) -> str:
+    """The kind and the first line of what foreign code raised."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+
+
 class SelfCheck:
     """A few tokens through a model, its own way and ours. What a pass gave is kept for the questions after it: for a
     small model these passes are most of what loading takes.
@@ -101,7 +106,7 @@ class SelfCheck:
         except torch.OutOfMemoryError:  # says nothing about packs; processes that hold a model together must agree
             raise
         except Exception as error:  # noqa: BLE001 - foreign model code may fail in any way; said, and run padded
-            reason = f"its forward pass fails on a pack ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+            reason = f"its forward pass fails on a pack ({error_text(error)})"
         reason = reason or _lost_window(model, recorder.needs)
         if reason:
             model.set_attn_implementation(original)
@@ -119,7 +124,7 @@ class SelfCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
-            return f"it fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+            return f"it fails ({error_text(error)})"
         assert self._truth is not None, "packs work with this model"
         difference = _relative(found, self._truth)
         return "" if difference <= self._tolerance else f"it is wrong (relative difference {difference:.1e})"

@@ -26,6 +26,6 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    # On x86 that means AVX-512, with which oneDNN can emulate bf16 at half the speed of fp32.
+    # On x86 that means AVX-512, with which oneDNN emulates bf16: several instructions for each product.
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     first = Scorer(options.model, dtype=options.dtype)
     workload = load_workload(first.tokenizer, options.queries)
-    model = first.load().model
+    model = first.hugging_face_model()
     scorers = {budget: Scorer.from_model(model, first.tokenizer, max_batch_tokens=budget) for budget in options.budgets}
     runs = {str(budget): partial(scorer.score_tokens, workload.pairs) for budget, scorer in scorers.items()}
     interleave(runs, 1)  # warm-up: the allocator meets every shape

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workload import TokenPair, lengths, spread_sample
 
 from fastscore import Scorer
-from fastscore.models import DTYPES
+from fastscore.devices import DTYPES
 
 OURS, NO_TREE, PADDED, TUNED = "fastscore", "fastscore, no tree", "padded", "padded-tuned"
 

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workload import TokenPair, Workload, load_workload
 
 from fastscore import Scorer
+from fastscore.devices import choose_device
 from fastscore.model_source import resolve_model
-from fastscore.models import choose_device
 
 sys.path.append(str(ROOT / "tests"))  # the tests' own truth, which uses nothing of fastscore
 from truth import alone

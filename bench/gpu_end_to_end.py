@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from workload import TokenPair  # noqa: E402
 
 from fastscore import Scorer  # noqa: E402
-from fastscore.models import DTYPES  # noqa: E402
+from fastscore.devices import DTYPES  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {

@@ -14,7 +14,7 @@ from contenders import dtype_name
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastscore.config import DEFAULT_MODEL
-from fastscore.models import choose_dtype
+from fastscore.devices import choose_dtype
 
 MODEL = os.environ.get("FASTSCORE_BENCH_MODEL", DEFAULT_MODEL)
 QUERIES = int(os.environ.get("FASTSCORE_BENCH_QUERIES", "3"))

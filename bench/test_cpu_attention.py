@@ -22,8 +22,8 @@ from sharing_workload import choice_questions, first_queries, keeping_share, qa_
 from transformers import AutoTokenizer
 
 from fastscore.attention import PROVIDERS
+from fastscore.devices import DTYPES
 from fastscore.model_source import resolve_model
-from fastscore.models import DTYPES
 from fastscore.packing import cut_pack
 from fastscore.prefix_tree import build_prefix_tree
 from fastscore.ranges import ranges

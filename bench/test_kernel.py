@@ -22,7 +22,7 @@ from kernel_peers import ANSWER_NLL, PEERS, find_contenders
 from pytest_benchmark.fixture import BenchmarkFixture
 from rounds import MeasuredRounds, interleave, medians, table
 
-from fastscore.models import DTYPES
+from fastscore.devices import DTYPES
 
 CELL = Cell(*map(int, os.environ.get("FASTSCORE_BENCH_KERNEL", "256x576x49152").split("x")))
 ROUNDS = int(os.environ.get("FASTSCORE_BENCH_KERNEL_ROUNDS", "9"))

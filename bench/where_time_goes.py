@@ -89,7 +89,7 @@ def measure(model: str, dtype: str, num_queries: int, options: Mapping[str, Any]
     run = partial(scorer.score_tokens, pairs)
     run()
     clock = Clock(scorer.load().device)
-    gemms = layer_gemms(plain, scorer.load().max_batch_tokens, len(scorer.load().model.base_model.layers))
+    gemms = layer_gemms(plain, scorer.load().max_batch_tokens, len(plain.base_model.layers))
     interleave(gemms.runs, 1)
     rate = gemms.flops / min(medians(interleave(gemms.runs, 1)).values())
     undisturbed = seconds_of(run)

@@ -54,8 +54,8 @@ def collect() -> dict[str, Any]:
     from fastscore_kernels.answer_nll import answer_nll_path
 
     from fastscore.attention import AttentionNeeds, available_providers, choose_provider
+    from fastscore.devices import choose_device, choose_dtype
     from fastscore.model_source import EMBEDDED, EMBEDDED_INSTALL, embedded_folder, embedded_gguf
-    from fastscore.models import choose_device, choose_dtype
     from fastscore.types import dtype_name
 
     device = choose_device("auto")

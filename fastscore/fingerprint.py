@@ -26,7 +26,7 @@ NUMERICS = 1
 """Raised whenever fastscore comes to compute a score differently by more than rounding."""
 _READ_BYTES = 1 << 20
 _WORTH_A_LINE = 1 << 30
-_SETTLED_SECONDS = 2.0
+SETTLED_SECONDS = 2.0
 """A file changed less long ago may be changed again without its times showing it."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".npz")
@@ -127,7 +127,7 @@ def file_marks(path: str | Path) -> dict[str, list[int]]:
     Empty where there are none."""
     path = Path(path)
     try:
-        return {str(file): _mark(file) for file in ([path] if path.is_file() else _files(path))}
+        return {str(file): file_mark(file) for file in ([path] if path.is_file() else _files(path))}
     except (OSError, InputError):  # reading them says what is wrong
         return {}
 
@@ -185,7 +185,7 @@ class _Digests:
                 self._known = known if isinstance(known, dict) else {}
 
     def of(self, files: list[Path]) -> list[str]:
-        marks = {str(file.resolve()): _mark(file) for file in files}
+        marks = {str(file.resolve()): file_mark(file) for file in files}
         unknown = [name for name, mark in marks.items() if self._recall(name, mark) is None]
         size = sum(marks[name][2] for name in unknown)
         if size >= _WORTH_A_LINE:
@@ -199,7 +199,9 @@ class _Digests:
                 stopped.set()
                 raise
         found = {name: digests.get(name) or self._recall(name, mark) for name, mark in marks.items()}
-        settled = [n for n in unknown if max(marks[n][3:]) / 1e9 < started - _SETTLED_SECONDS and _mark(n) == marks[n]]
+        settled = [
+            n for n in unknown if max(marks[n][3:]) / 1e9 < started - SETTLED_SECONDS and file_mark(n) == marks[n]
+        ]
         if settled:
             self._known |= {name: [*marks[name], digests[name]] for name in settled}
             self._write()
@@ -223,7 +225,8 @@ class _Digests:
             logger.warning("%s cannot be written (%s): weights are read again next time", self._memo, error.strerror)
 
 
-def _mark(file: str | Path) -> list[int]:
+def file_mark(file: str | Path) -> list[int]:
+    """Device, inode, size, and the times in nanoseconds of the content's last change and of the inode's."""
     found = os.stat(file)
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

@@ -4,37 +4,28 @@ before it is taken."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
-
-from fastscore.attention import AttentionNeeds, Provider, choose_provider
+from fastscore.attention import AttentionNeeds, choose_provider
 from fastscore.config import ScorerConfig
-from fastscore.decoder import Decoder, OwnForward, choose_operators, read_decoder
-from fastscore.packed_forward import ModelForward, PackForward, body_of
-from fastscore.self_check import SelfCheck, error_text
-from fastscore.types import InputError, dtype_name
+from fastscore.decoder import Decoder, read_decoder
+from fastscore.own_forward import ChosenForward, broken, own_forward
+from fastscore.packed_forward import ModelForward, body_of
+from fastscore.probes import Truth
+from fastscore.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("fastscore")
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenForward:
-    """The forward pass over packs; ``name`` says in words whose layers run and how, for logs and metadata."""
-
-    provider: Provider
-    forward: PackForward
-    name: str
-
-
-def choose_forward(
-    model: PreTrainedModel, config: ScorerConfig, needs: AttentionNeeds, check: SelfCheck
-) -> ChosenForward:
+def choose_forward(model: PreTrainedModel, config: ScorerConfig, needs: AttentionNeeds, truth: Truth) -> ChosenForward:
     """fastscore's own forward pass where it knows the model's layers and agrees with them, otherwise the model's.
 
-    The attention provider is the one asked for, or the first that can serve and is right on this model. ``check`` has
-    found that the model runs packs.
+    The attention provider is the one asked for, or the first that can serve and is right on this model, which runs
+    packs: ``truth`` is what it gives.
 
     Raises:
         InputError: a provider or a forward pass that was asked for cannot serve this model.
@@ -45,13 +36,15 @@ def choose_forward(
     while True:
         provider = choose_provider(config.attention, needs, passed_over)
         reason = ""
-        if not (wrong := _broken(provider)):
+        if not (wrong := broken(provider)):
             if isinstance(decoder, Decoder):
-                own = _own_forward(decoder, model.device, config, provider)
-                if not (reason := check.forward(own.forward)):  # and so is the provider's attention, in the same pass
+                own = own_forward(decoder, model.device, config, provider)
+                if not (
+                    reason := truth.difference(own.forward)
+                ):  # and so is the provider's attention, in the same pass
                     return own
                 del own  # it may hold the weights once more
-            if not (wrong := check.provider(provider.load())):
+            if not (wrong := truth.difference(ModelForward(model, provider.load()))):
                 break
         if config.attention != "auto":
             raise InputError(f"attention provider {config.attention!r} cannot be used: {wrong}")
@@ -69,20 +62,3 @@ def choose_forward(
         logger.info("%s run: %s", name, reason)
         name = f"{name}: {reason}"
     return ChosenForward(provider, ModelForward(model, provider.load()), name)
-
-
-def _broken(provider: Provider) -> str:
-    """Why a provider's library, which is there, cannot be imported; or ""."""
-    try:
-        provider.load()
-    except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
-        return f"importing it fails ({error_text(error)})"
-    return ""
-
-
-def _own_forward(decoder: Decoder, device: torch.device, config: ScorerConfig, provider: Provider) -> ChosenForward:
-    residual = decoder.dtype if config.residual == "model" else torch.float32
-    operators = choose_operators(device, decoder.dtype, residual, wide=provider.wide, compiled=config.compiled)
-    forward = OwnForward(operators.prepare(decoder), operators, provider.load(), in_order=config.deterministic)
-    name = f"fastscore's, residual stream in {dtype_name(residual)}, {operators.description}"
-    return ChosenForward(provider, forward, name)

@@ -15,10 +15,10 @@ from fastscore_kernels.answer_nll import answer_nll_path
 from huggingface_hub import try_to_load_from_cache
 
 from fastscore.config import ScorerConfig
+from fastscore.decoder import OwnForward
 from fastscore.fingerprint import ScoreIdentity, content_identity, file_marks
-from fastscore.language_model import DETERMINISTIC_TOKENS, LanguageModel
+from fastscore.language_model import ALIGNMENT, DETERMINISTIC_TOKENS, LanguageModel
 from fastscore.model_source import ModelSource, cache_folder
-from fastscore.packed_forward import ModelForward
 from fastscore.types import InputError, dtype_name
 
 
@@ -59,7 +59,6 @@ def score_identity(
     Raises:
         InputError: they can't be found or read, or are not those that were loaded.
     """
-    own = model.forward is not None and not isinstance(model.forward, ModelForward)
     adapter = config.adapter
     identity = ScoreIdentity(
         model=config.model,
@@ -73,7 +72,7 @@ def score_identity(
         mode=model.mode,
         attention=_attention(model),
         # Why the model's own layers run is no part of it.
-        forward=model.forward_name if own else "the model's own layers",
+        forward=model.forward_name if isinstance(model.forward, OwnForward) else "the model's own layers",
         answer_nll=answer_nll_path(model.device),
         trust_remote_code=config.trust_remote_code,
         torch=".".join(torch.__version__.split(".")[:2]),
@@ -125,6 +124,7 @@ def _machine(model: LanguageModel) -> dict[str, str | int]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "pack": DETERMINISTIC_TOKENS,
+        "alignment": ALIGNMENT,
         "share_prefixes": model.share_prefixes,
     }
 

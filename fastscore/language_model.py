@@ -8,24 +8,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from fastscore.attention import Provider
 from fastscore.lm_head import LMHead
-from fastscore.packed_forward import PackForward, own_attention, padded_hidden, seq2seq_hidden
 from fastscore.packing import cut_pack, pack_size
 from fastscore.padding import padded_batch, padded_groups, seq2seq_batch, seq2seq_groups, slot_offsets
 from fastscore.prefix_tree import PrefixTree, build_prefix_tree
 from fastscore.ranges import Ints, ranges
-from fastscore.types import Batch, CarriedKeys, PaddedBatch, ScoringRequest, Seq2SeqBatch
+from fastscore.types import Batch, CarriedKeys, PackForward, PaddedBatch, ScoringRequest, Seq2SeqBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("fastscore")
 
 DETERMINISTIC_TOKENS = 1024
 """Size of every pack under ``deterministic``, whatever the budget: matrix products of one shape sum in one order."""
+ALIGNMENT = 64
+"""Weights on a CPU begin at multiples of so many bytes, as all memory that PyTorch allocates."""
 SMALLEST_BUDGET = 64
 """A pack that does not fit at this size never will."""
 
@@ -59,6 +63,7 @@ class Plan:
 class LanguageModel:
     """A loaded model. ``mode`` is ``packed``, ``padded`` (with the reason) or ``encoder-decoder``.
 
+    model: as transformers loads it; or its modules without their code, where no request runs through them.
     provider, forward: attention over packs and the forward pass around it; None where the model does not run packed.
     forward_name: whose layers run and how, in words.
     max_batch_tokens: budget of a batch; halved when the device runs out of memory.
@@ -67,7 +72,7 @@ class LanguageModel:
         All must cut the same packs, so that one which runs out of memory ends the run.
     """
 
-    model: PreTrainedModel
+    model: torch.nn.Module
     head: LMHead
     device: torch.device
     dtype: torch.dtype
@@ -151,8 +156,11 @@ class LanguageModel:
         self, requests: Sequence[ScoringRequest], slot_offset_R: Ints
     ) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Group by group. Out of memory: the budget is halved, and what is left grouped again."""
+        from fastscore.packed_forward import own_attention, padded_hidden, seq2seq_hidden
+
         seq2seq = self.mode == "encoder-decoder"
-        config = self.model.config
+        model = cast("PreTrainedModel", self.model)
+        config = model.config
 
         def grouped(left: Sequence[int]) -> list[list[int]]:
             # Each by itself where no score may depend on what else there is.
@@ -171,11 +179,11 @@ class LanguageModel:
                     batch = seq2seq_batch(requests, group, slot_offset_R, start, pad).to(self.device)
                 else:
                     batch = padded_batch(requests, group, slot_offset_R).to(self.device)
-                with torch.inference_mode(), own_attention(self.model):  # a model that packs has some requests padded
+                with torch.inference_mode(), own_attention(model):  # a model that packs has some requests padded
                     if isinstance(batch, PaddedBatch):
-                        hidden_AD = padded_hidden(self.model, batch)[batch.answer_row_A]
+                        hidden_AD = padded_hidden(model, batch)[batch.answer_row_A]
                     else:
-                        hidden_AD = seq2seq_hidden(self.model, batch)[batch.answer_row_A]
+                        hidden_AD = seq2seq_hidden(model, batch)[batch.answer_row_A]
             except torch.OutOfMemoryError:
                 if len(group) == 1 or self.followers is not None:
                     raise

@@ -7,14 +7,16 @@ head together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastscore_kernels.answer_nll import answer_nll
-from transformers import PreTrainedModel
 
 from fastscore.shards import first_row, is_split, own_part, processes
 from fastscore.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

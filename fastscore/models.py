@@ -5,79 +5,43 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastscore.attention import AttentionNeeds, choose_provider
-from fastscore.budget import default_budget
 from fastscore.config import ScorerConfig
+from fastscore.context import longest_short_input
 from fastscore.decoder import OwnForward, multiplies
+from fastscore.devices import choose_device, choose_dtype
+from fastscore.error_text import error_text
 from fastscore.forwards import choose_forward
-from fastscore.language_model import LanguageModel
+from fastscore.known_models import place_of
+from fastscore.language_model import ALIGNMENT, LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
 from fastscore.packed_forward import ATTENTION_NAME, seq2seq_hidden
 from fastscore.padding import seq2seq_batch, slot_offsets
+from fastscore.pretrained import from_pretrained
+from fastscore.probes import Truth, probe_requests
 from fastscore.quantize import is_quantized, quantize_linears
-from fastscore.self_check import SelfCheck, probe_requests
+from fastscore.ready_model import ready_model, short_dtype
+from fastscore.recall import remember
+from fastscore.self_check import SelfCheck
 from fastscore.split_model import agree, split_over_processes
 from fastscore.types import InputError, ScoringRequest, dtype_name
-from fastscore.weight_files import ALLOW_PICKLE, adapter_folder, check_weight_files
+from fastscore.weight_files import adapter_folder, check_weight_files
 
 logger = logging.getLogger("fastscore")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+class Prepared(NamedTuple):
+    """A model that is ready, and what it asks of attention. ``truth``: what it gives over packs, where it runs them."""
 
-def load_config(source: ModelSource, config: ScorerConfig) -> Any:
-    """The Hugging Face config of the model.
-
-    Raises:
-        InputError: the model is not there or cannot be read.
-    """
-    hf_config = _pretrained(AutoConfig, source, config)
-    for name, otherwise in (("vocab_size", None), ("hidden_size", 1)):
-        size = getattr(hf_config.get_text_config(), name, otherwise)
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"model {config.model!r} cannot be loaded: its config says {name} {size!r}")
-    return hf_config
-
-
-def load_tokenizer(source: ModelSource, config: ScorerConfig) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        InputError: the tokenizer is not there or cannot be read.
-    """
-    tokenizer = _pretrained(AutoTokenizer, source, config)
-    try:
-        tokenizer("a")  # some settings are looked at only now
-    except Exception as error:
-        raise InputError(f"model {config.model!r}: its tokenizer cannot be used: {_first_line(error)}") from error
-    return tokenizer
-
-
-def max_context(hf_config: Any) -> int | None:
-    """Most tokens the model's positions allow, or None for a model without such a limit."""
-    text_config = hf_config.get_text_config()
-    if hasattr(text_config, "relative_attention_num_buckets"):  # T5: its n_positions is no limit
-        return None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(text_config, name, None), int) and value > 0:
-            return value
-    return None
-
-
-def _longest_short_input(hf_config: Any) -> int | None:
-    """LongRoPE (Phi-3) turns every position of a batch by other angles as soon as one sequence is longer than this: a
-    short request must not share a batch with a long one. None for a model without it."""
-    text_config = hf_config.get_text_config()
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or text_config.original_max_position_embeddings
+    model: LanguageModel
+    needs: AttentionNeeds
+    truth: Truth | None
 
 
 def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> LanguageModel:
@@ -92,7 +56,8 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
         needs = AttentionNeeds(device.type, dtype_name(dtype), deterministic=config.deterministic)
         choose_provider(config.attention, needs)
-    auto = AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
+    place = place_of(source, config)
+    auto = "AutoModelForSeq2SeqLM" if hf_config.is_encoder_decoder else "AutoModelForCausalLM"
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
     if config.tensor_parallel:
         extra["distributed_config"] = split_over_processes(source, hf_config, device)
@@ -103,19 +68,24 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
     if source.local_files_only:  # transformers looks for an adapter beside the model, and asks the hub again for that
         extra["adapter_kwargs"] = {"local_files_only": True}
     model: PreTrainedModel
-    model, found = _pretrained(auto, source, config, dtype=dtype, output_loading_info=True, **extra)
+    model, found = from_pretrained(
+        ("transformers", auto), source, config, dtype=dtype, output_loading_info=True, **extra
+    )
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise InputError(f"model {config.model!r}: {_some(missing)} not among its weights: is it a language model?")
     if adapter is not None:
         model = _with_adapter(model, adapter, config)
     if not (config.device_map or config.tensor_parallel):
         model = model.to(device)  # type: ignore[arg-type]
+        _align_weights(model)
     if config.quantize is not None:
         quantize_linears(model, config.quantize)
-    prepared = prepare_model(model, config)
+    prepared = _prepare(model, config)
     if config.tensor_parallel:
-        agree(prepared)
-    return prepared
+        agree(prepared.model)
+    if place is not None and prepared.truth is not None:
+        remember(place, source, config, hf_config, prepared.model, prepared.needs, prepared.truth)
+    return prepared.model
 
 
 def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel:
@@ -127,6 +97,10 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         InputError: the model is not causal, its LM head is of an unknown kind, or the attention provider that was
             asked for cannot serve it.
     """
+    return _prepare(model, config).model
+
+
+def _prepare(model: PreTrainedModel, config: ScorerConfig) -> Prepared:
     model.eval().requires_grad_(False)
     if model.config._attn_implementation == ATTENTION_NAME:  # prepared before: the check starts from its own attention
         model.set_attn_implementation(model.get_correct_attn_implementation(None))
@@ -135,7 +109,8 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         model.set_attn_implementation("eager")  # the SDPA of transformers 5.17 leaves the soft cap out
     device = model.device
     head = find_lm_head(model)
-    chosen = None
+    chosen = truth = None
+    needs = AttentionNeeds(device.type)
     if model.config.is_encoder_decoder:
         if getattr(model.config, "decoder_start_token_id", None) is None:
             raise InputError("the model's config has no decoder_start_token_id: what an answer begins with is unknown")
@@ -149,15 +124,15 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         reason, needs = check.packed()
         mode = "padded" if reason else "packed"
         if not reason:
-            chosen = choose_forward(model, config, needs, check)
+            truth = check.truth
+            chosen = choose_forward(model, config, needs, truth)
     if config.deterministic and mode != "packed":
         raise InputError(f"deterministic scores need packs, and this model runs without: {reason}")
     if chosen is None and config.own_forward_option:
         raise InputError(f"fastscore's own forward pass needs packs, and this model runs without: {reason}")
-    own = chosen.forward if chosen is not None and isinstance(chosen.forward, OwnForward) else None
-    longest_packed = _longest_short_input(model.config)
+    longest_packed = longest_short_input(model.config)
     # Its own layers run, for all requests or for the long ones.
-    slow = own is None or longest_packed is not None
+    slow = chosen is None or not isinstance(chosen.forward, OwnForward) or longest_packed is not None
     if (
         slow
         and device.type == "cpu"
@@ -166,71 +141,18 @@ def prepare_model(model: PreTrainedModel, config: ScorerConfig) -> LanguageModel
         logger.warning(
             "PyTorch has no fast %s products on this CPU, and this model's own layers use them: fp32 is faster, and "
             "nearer to the truth",
-            _dtype_name(model.dtype),
+            short_dtype(model.dtype),
         )
-    loaded = LanguageModel(
-        model=model,
-        head=head,
-        device=device,
-        dtype=model.dtype,
-        provider=None if chosen is None else chosen.provider,
-        forward=None if chosen is None else chosen.forward,
-        forward_name="the model's own layers" if chosen is None else chosen.name,
-        mode=mode,
-        reason=reason,
-        max_batch_tokens=config.max_batch_tokens
-        or default_budget(model.config, device, model.dtype if own is None else own.decoder.dtype),
-        share_prefixes=config.share_prefixes,
-        deterministic=config.deterministic,
-        longest_packed=longest_packed,
-    )
-    if chosen is not None:
-        logger.info("%s, %s, packed, attention by %s", device, _dtype_name(model.dtype), chosen.provider.name)
-    else:
-        logger.warning("%s, %s, not packed: %s", device, _dtype_name(model.dtype), reason)
-    return loaded
+    loaded = ready_model(model, head, device, config, chosen, mode=mode, reason=reason, longest_packed=longest_packed)
+    return Prepared(loaded, needs, truth)
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device when there is one, otherwise the CPU.
-
-    Raises:
-        InputError: a device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch asserts when it was built without CUDA
-        raise InputError(f"device {name!r} cannot be used: {_first_line(error)}") from error
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where the device multiplies bf16 natively, otherwise fp32."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if multiplies(device, torch.bfloat16) else torch.float32
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), dtype_name(dtype))
-
-
-def _pretrained(auto: Any, source: ModelSource, config: ScorerConfig, **extra: Any) -> Any:
-    named = {"revision": config.revision, "cache_dir": config.cache_dir, "gguf_file": source.gguf_file}
-    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    options |= {"trust_remote_code": config.trust_remote_code, "local_files_only": source.local_files_only}
-    try:
-        return auto.from_pretrained(source.name_or_path, **options, **extra)
-    except Exception as error:
-        hint = " (--trust-remote-code allows that)" if "trust_remote_code=True" in str(error) else ""
-        if "ignore_mismatched_sizes" in str(error):
-            raise InputError(f"model {config.model!r}: its weights have other shapes than its config says") from error
-        if "use_safetensors=True" in str(error):  # a model on the hub
-            hint = f" ({ALLOW_PICKLE}, if it has any)"
-        raise InputError(f"model {config.model!r} cannot be loaded: {_first_line(error)}{hint}") from error
+def _align_weights(model: PreTrainedModel) -> None:
+    """Weights lie in memory as PyTorch allocates it: in a file's own pages they may begin anywhere, and the last bits
+    of a product depend on that."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _find_adapter(config: ScorerConfig, source: ModelSource) -> str:
@@ -242,7 +164,7 @@ def _find_adapter(config: ScorerConfig, source: ModelSource) -> str:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {error_text(error)}") from error
 
 
 def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> PreTrainedModel:
@@ -252,7 +174,7 @@ def _with_adapter(model: PreTrainedModel, folder: str, config: ScorerConfig) -> 
     try:
         merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:
-        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"adapter {config.adapter!r} cannot be loaded: {error_text(error)}") from error
     return merged
 
 
@@ -279,10 +201,3 @@ def _check_seq2seq_head(model: PreTrainedModel, head: LMHead, device: torch.devi
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if not lines:
-        return type(error).__name__
-    return f"{type(error).__name__}: {' '.join(lines[:2] if lines[0].endswith(':') else lines[:1])}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -18,15 +18,6 @@ from fastscore.attention import Attend
 from fastscore.types import CarriedKeys, PackedBatch, PaddedBatch, Seq2SeqBatch
 
 ATTENTION_NAME = "fastscore_packed"
-
-
-class PackForward(Protocol):
-    """A model's forward pass over a pack: hidden states ``[A, D]`` of those rows (``[T, D]`` of all where None) after
-    the last norm, and what the next pack needs. ``carried`` comes from the pack before."""
-
-    def __call__(
-        self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
-    ) -> tuple[torch.Tensor, CarriedKeys]: ...
 
 
 @dataclass(slots=True)
@@ -117,7 +108,7 @@ class ModelForward:
     def __call__(
         self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
     ) -> tuple[torch.Tensor, CarriedKeys]:
-        """See :class:`PackForward`."""
+        """See :class:`fastscore.types.PackForward`."""
         passage = _Passage(pack, self.attend, carried if pack.num_carried else [])
         output = body_of(self.model)(
             input_ids=pack.token_ids_T[None], position_ids=pack.position_ids_T[None], use_cache=False, packed=passage

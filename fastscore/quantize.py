@@ -6,13 +6,15 @@ The LM head and the embeddings stay as they are. What it costs in fidelity is me
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from fastscore.shards import is_distributed
 from fastscore.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FP8_CAPABILITY = (8, 9)
 """The first CUDA devices that multiply fp8."""

@@ -9,10 +9,10 @@ from contextlib import ExitStack, closing
 from fastscore.aggregate import Scores, by_row
 from fastscore.chat import check_chat_template
 from fastscore.config import ScorerConfig, TaskConfig
+from fastscore.devices import choose_device
 from fastscore.kept_scores import RunCache, Work
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
-from fastscore.models import choose_device
 from fastscore.pipeline import Load, runs_beside_host, score_beside, score_in_turn
 from fastscore.run_stats import RunStats
 from fastscore.tokenization import PairTokenizer

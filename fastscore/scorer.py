@@ -6,12 +6,11 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from fastscore.aggregate import Scores, scored_row
 from fastscore.cache_file import CacheAt
+from fastscore.checkpoint import Checkpoint
 from fastscore.config import (
     DEFAULT_MODEL,
     DEFAULT_WINDOW_TOKENS,
@@ -26,20 +25,21 @@ from fastscore.config import (
     ScorerConfig,
     TaskConfig,
 )
+from fastscore.context import max_context
 from fastscore.fingerprint import ScoreIdentity
-from fastscore.garbage import collection_paused
-from fastscore.identity import describe_run, local_files, score_identity
+from fastscore.identity import describe_run
 from fastscore.kept_scores import RunCache, Work, make_work
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.launch import Launch, Progress
-from fastscore.model_source import ModelSource, resolve_model
-from fastscore.models import load_config, load_model, load_tokenizer, max_context, prepare_model
 from fastscore.row_stream import RowStream
 from fastscore.run_stats import RunStats
 from fastscore.tasks import output_row
 from fastscore.tokenization import PairTokenizer
 from fastscore.types import AnswerScore, InputError, Pair, Row, RowPairs, ScoredRow, ScoringRequest
 from fastscore.windows import OnBadRow, Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Scorer:
@@ -102,13 +102,11 @@ class Scorer:
             device_map=device_map,
             tensor_parallel=tensor_parallel,
         )
-        self._source: ModelSource | None = resolve_model(model)
-        with collection_paused():
-            hf_config, tokenizer = (load(self._source, self.config) for load in (load_config, load_tokenizer))
-        self._set_up(hf_config, tokenizer, self._source.path, None if cache is None else CacheAt(Path(cache)))
+        self._checkpoint: Checkpoint | None = Checkpoint(self.config)
+        tokenizer, path = self._checkpoint.tokenizer(), self._checkpoint.path
+        self._set_up(self._checkpoint.settings, tokenizer, path, None if cache is None else CacheAt(Path(cache)))
 
     def _set_up(self, hf_config: Any, tokenizer: Any, model_path: str, cache: CacheAt | None = None) -> None:
-        self.hf_config = hf_config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.stats = RunStats()
@@ -167,8 +165,11 @@ class Scorer:
             deterministic=deterministic,
             overflow=overflow,
         )
-        scorer._source = None
+        scorer._checkpoint = None
+        scorer.hf_config = model.config
         scorer._set_up(model.config, tokenizer, name)
+        from fastscore.models import prepare_model
+
         scorer._model = prepare_model(model, scorer.config)
         return scorer
 
@@ -176,11 +177,23 @@ class Scorer:
         """Load the weights now (they are loaded on first use otherwise) and return the loaded model."""
         return self._model
 
+    def hugging_face_model(self) -> PreTrainedModel:
+        """The loaded model as transformers has it, for what needs more of it than scores."""
+        if self._checkpoint is not None and self._checkpoint.forget():
+            self.__dict__.pop("_model", None)
+        model: Any = self._model.model
+        return model
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The model's Hugging Face config."""
+        assert self._checkpoint is not None, "a model in memory brings its own"
+        return self._checkpoint.hf_config
+
     @cached_property
     def _model(self) -> LanguageModel:
-        assert self._source is not None, "a model in memory is loaded"
-        self._files = local_files(self.config, self._source)
-        return load_model(self._source, self.config, self.hf_config)
+        assert self._checkpoint is not None, "a model in memory is loaded"
+        return self._checkpoint.load()
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> list[AnswerScore]:
         """Score text ``pairs`` ``(prompt, answer)``; the answer follows the prompt as it stands, space included.
@@ -301,10 +314,10 @@ class Scorer:
         Raises:
             InputError: the model's files can't be found or read, or are not those that were loaded.
         """
-        if self._source is None:
+        if self._checkpoint is None:
             raise InputError("what is in a model in memory is unknown: its scores can't be kept in a cache")
         if self._identity is None:
-            self._identity = score_identity(self._model, self.config, self._source, self._commit, self._files)
+            self._identity = self._checkpoint.identity(self._model)
         return self._identity
 
     def check_task(self, config: TaskConfig) -> None:
@@ -317,11 +330,8 @@ class Scorer:
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how, for logs and for a run's metadata. Loads the model."""
-        return describe_run(self._model, self.config, self.model_path, self._commit)
-
-    @property
-    def _commit(self) -> str | None:
-        return getattr(self.hf_config, "_commit_hash", None)
+        commit = None if self._checkpoint is None else self._checkpoint.commit
+        return describe_run(self._model, self.config, self.model_path, commit)
 
     def _work(self, requests: Sequence[ScoringRequest], cache: RunCache | None = None) -> Work:
         return make_work(self._model, requests, (cache or self._cache).open())

@@ -8,50 +8,23 @@ import torch
 from transformers import PreTrainedModel
 
 from fastscore.attention import PROVIDERS, Attend, AttentionNeeds
-from fastscore.packed_forward import ATTENTION_NAME, ModelForward, PackForward, padded_hidden
-from fastscore.packing import cut_pack
+from fastscore.error_text import error_text
+from fastscore.packed_forward import ATTENTION_NAME, ModelForward, padded_hidden
 from fastscore.padding import padded_batch, slot_offsets
-from fastscore.prefix_tree import build_prefix_tree
+from fastscore.probes import (
+    PROBE_LENGTHS,
+    Truth,
+    probe_requests,
+    relative_difference,
+    run_packed,
+    tolerance_for,
+)
 from fastscore.quantize import is_quantized
-from fastscore.types import CarriedKeys, PackedBatch, ScoringRequest, dtype_name
+from fastscore.types import PackedBatch, ScoringRequest, dtype_name
 
-PROBE_LENGTHS = (14, 8)
-SHARED_LENGTH = 6
-SHARED_PACK = 10
-"""Tokens of a pack where prefixes are shared: the probes make three, and the last needs keys of the first, which the
-one between has to carry on."""
 VARLEN_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types that varlen attention computes. Others (chunked, sparse, compressed) may differ only beyond a length that
 no probe reaches."""
-
-
-def probe_requests(vocab_size: int) -> list[ScoringRequest]:
-    """Short requests of spread-out token ids: two, one that begins like the first, and one of the first's length."""
-    generator = torch.Generator().manual_seed(20)
-
-    def tokens(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(vocab_size, (length,), generator=generator).tolist())
-
-    long, short = PROBE_LENGTHS
-    first = tokens(long + 1)
-    # Answers as long as can be: every token but the first is asked for, so every hidden state counts.
-    return [
-        ScoringRequest(ids, 1)
-        for ids in (first, tokens(short + 1), first[:SHARED_LENGTH] + tokens(short), tokens(long + 1))
-    ]
-
-
-def tolerance_for(model: PreTrainedModel) -> float:
-    """Relative difference that rounding can explain after a whole model. In eight bits a last bit that differs can move
-    an activation by a whole step."""
-    if any(map(is_quantized, model.modules())):
-        return 0.3
-    return 1e-3 if model.dtype == torch.float32 else 0.1
-
-
-def error_text(error: Exception) -> str:
-    """The kind and the first line of what foreign code raised."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
 class SelfCheck:
@@ -64,10 +37,11 @@ class SelfCheck:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._tolerance = tolerance_for(model)
-        self._requests = probe_requests(_vocab_size(model))
+        self._tolerance = tolerance_for(model.dtype, any(map(is_quantized, model.modules())))
+        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._requests = probe_requests(self._vocab_size)
         self._alone: dict[ScoringRequest, torch.Tensor] = {}
-        self._truth: torch.Tensor | None = None
+        self._truth: Truth | None = None
 
     @torch.inference_mode()
     def causal(self) -> str:
@@ -79,7 +53,7 @@ class SelfCheck:
         first, _, _, other = self._requests
         kept = 3
         changed = ScoringRequest(first.token_ids[:kept] + other.token_ids[kept:], 1)
-        difference = _relative(self.alone(changed)[:kept], self.alone(first)[:kept])
+        difference = relative_difference(self.alone(changed)[:kept], self.alone(first)[:kept])
         if difference <= self._tolerance:
             return ""
         return (
@@ -112,22 +86,11 @@ class SelfCheck:
             model.set_attn_implementation(original)
         return reason, recorder.needs
 
-    def provider(self, attend: Attend) -> str:
-        """How a provider's attention differs from the reference on a model that runs packs, or ""."""
-        return self.forward(ModelForward(self._model, attend))
-
-    @torch.inference_mode()
-    def forward(self, forward: PackForward) -> str:
-        """How a forward pass differs from the model's own with reference attention, where packs work; or ""."""
-        try:
-            found = self._run(forward, self._requests[:3])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a library may fail in any way; said, and the next one taken
-            return f"it fails ({error_text(error)})"
+    @property
+    def truth(self) -> Truth:
+        """What a forward pass over packs must give; once :meth:`packed` has found that they work."""
         assert self._truth is not None, "packs work with this model"
-        difference = _relative(found, self._truth)
-        return "" if difference <= self._tolerance else f"it is wrong (relative difference {difference:.1e})"
+        return self._truth
 
     @torch.inference_mode()
     def alone(self, request: ScoringRequest) -> torch.Tensor:
@@ -145,33 +108,21 @@ class SelfCheck:
             return "its attention does not go through transformers' attention interface"
         # Nothing shared here, so the longer request stands first.
         forward = ModelForward(model, attend)
-        packed = self._run(forward, [first, second], share=False)
-        replaced = self._run(forward, [other, second], share=False)
+        packed = run_packed(forward, [first, second], self._device, share=False)
+        replaced = run_packed(forward, [other, second], self._device, share=False)
         length = PROBE_LENGTHS[0]
-        leak = _relative(replaced[length:], packed[length:])
+        leak = relative_difference(replaced[length:], packed[length:])
         if not leak <= self._tolerance / 10:
             return f"tokens of one sequence reach another in its pack (relative difference {leak:.1e})"
-        difference = _relative(packed, torch.cat(alone[:2]))
+        difference = relative_difference(packed, torch.cat(alone[:2]))
         if not difference <= self._tolerance:
             return f"packed and separate sequences disagree (relative difference {difference:.1e})"
-        self._truth = self._run(forward, [first, second, third])
-        difference = _relative(self._truth, torch.cat(alone))
+        shared = run_packed(forward, [first, second, third], self._device)
+        difference = relative_difference(shared, torch.cat(alone))
         if not difference <= self._tolerance:
             return f"sequences that share a prefix disagree with separate ones (relative difference {difference:.1e})"
+        self._truth = Truth(shared, self._vocab_size, self._tolerance)
         return ""
-
-    def _run(self, forward: PackForward, requests: list[ScoringRequest], share: bool = True) -> torch.Tensor:
-        """Hidden states of every request's tokens, one after the other; in several packs where prefixes are shared."""
-        tree = build_prefix_tree(requests, share=share)
-        size = SHARED_PACK if share else tree.num_tokens
-        hidden: list[torch.Tensor] = []
-        carried: CarriedKeys = []
-        for start in range(0, tree.num_tokens, size):
-            pack: PackedBatch = cut_pack(tree, start, min(size, tree.num_tokens - start)).to(self._device)
-            hidden_TD, carried = forward(pack, carried, None)
-            hidden.append(hidden_TD)
-        rows = torch.from_numpy(tree.slot_row_Q[tree.request_slot]).to(self._device)
-        return torch.cat(hidden)[rows]
 
 
 class _Recorder:
@@ -226,12 +177,3 @@ def _lost_window(model: PreTrainedModel, needs: AttentionNeeds) -> str:
     if not getattr(config, "use_sliding_window", True) or (longest is not None and window >= longest):
         return ""
     return f"its layers don't tell their attention of the sliding window of {window} tokens"
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[0]
-
-
-def _relative(value_TD: torch.Tensor, truth_TD: torch.Tensor) -> float:
-    value_TD, truth_TD = value_TD.float(), truth_TD.float()
-    return float((value_TD - truth_TD).norm() / truth_TD.norm().clamp_min(1e-30))

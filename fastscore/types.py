@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # --help and the first pass over the input must not wait for torch
     import torch
@@ -324,6 +324,15 @@ class Seq2SeqBatch:
 Batch: TypeAlias = PackedBatch | PaddedBatch | Seq2SeqBatch
 CarriedKeys: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """Keys and values ``[C, K, d]`` that a pack leaves to the next, one entry per attention call of the forward pass."""
+
+
+class PackForward(Protocol):
+    """A model's forward pass over a pack: hidden states ``[A, D]`` of those rows (``[T, D]`` of all where None) after
+    the last norm, and what the next pack needs. ``carried`` comes from the pack before."""
+
+    def __call__(
+        self, pack: PackedBatch, carried: CarriedKeys, rows_A: torch.Tensor | None
+    ) -> tuple[torch.Tensor, CarriedKeys]: ...
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -60,7 +60,9 @@ def answer_nll(
     check_answer_nll_arguments(hidden_AD, weight_VD, target_A, bias, logit_softcap)
     target_AJ = target_A[:, None] if target_A.ndim == 1 else target_A
     partials = Partials(
-        *_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, 0, check_targets)
+        *torch.ops.fastscore.answer_nll_partials(
+            hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, 0, check_targets
+        )
     )
     return nll_from_partials(partials).reshape(target_A.shape), partials.top1_A
 
@@ -84,7 +86,9 @@ def answer_nll_partials(
     check_answer_nll_arguments(hidden_AD, weight_VD, target_A, bias, logit_softcap)
     target_AJ = target_A[:, None] if target_A.ndim == 1 else target_A
     return Partials(
-        *_partials_op(hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, vocab_start, False)
+        *torch.ops.fastscore.answer_nll_partials(
+            hidden_AD, weight_VD, target_AJ, bias, logit_scale, logit_softcap, vocab_start, False
+        )
     )
 
 
@@ -93,8 +97,19 @@ def answer_nll_path(device: torch.device) -> str:
     return "reference (PyTorch)" if device.type == "cpu" else "fused (Triton)"
 
 
-@torch.library.custom_op("fastscore::answer_nll_partials", mutates_args=())
-def _partials_op(
+OPERATOR = "fastscore::answer_nll_partials"
+# Defined and implemented one by one: what torch.library.custom_op makes imports torch.compile's code, a second or more,
+# when it is first called.
+torch.library.define(
+    OPERATOR,
+    "(Tensor hidden_AD, Tensor weight_VD, Tensor target_AJ, Tensor? bias, float logit_scale, float? logit_softcap, "
+    "SymInt vocab_start, bool check_targets) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(OPERATOR, "default")
+def _partials_of_tensors(
     hidden_AD: torch.Tensor,
     weight_VD: torch.Tensor,
     target_AJ: torch.Tensor,
@@ -124,8 +139,8 @@ def _partials_op(
     )
 
 
-@_partials_op.register_fake
-def _(
+@torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]
+def _partials_of_fakes(
     hidden_AD: torch.Tensor,
     weight_VD: torch.Tensor,
     target_AJ: torch.Tensor,
@@ -144,3 +159,10 @@ def _(
         hidden_AD.new_empty(target_AJ.shape, dtype=accumulator),
         hidden_AD.new_empty(num_rows, dtype=torch.int64),
     )
+
+
+def _no_gradient(*_: object) -> None:
+    raise RuntimeError("answer_nll has no gradient: it is for scoring, not for training")
+
+
+torch.library.register_autograd(OPERATOR, _no_gradient)

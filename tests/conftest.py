@@ -3,6 +3,7 @@ imported; programs can be interrupted; long tests come first."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -26,6 +27,12 @@ LONG_FILES = (
     "test_bench_records",
     "test_examples",
 )
+
+
+@pytest.fixture(autouse=True)
+def _models_are_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as it was noted when they were loaded before, which depends on how old a test's files are."""
+    monkeypatch.setattr("fastscore.known_models.SETTLED_SECONDS", math.inf)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -145,7 +145,7 @@ def test_digests_are_remembered_by_more_than_size_and_time(
         return whole(name, stopped)
 
     monkeypatch.setattr(fingerprint, "_sha256", counted)
-    monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", 0.0)
     found = content_identity(folder, memo)
     assert sorted(read) == ["config.json", "model.safetensors"]
     time.sleep(0.02)
@@ -180,7 +180,7 @@ def test_a_file_just_written_is_not_remembered(folder: Path, tmp_path: Path) -> 
 def test_a_memo_that_cannot_be_written_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", -60.0)
     (tmp_path / "file").touch()
     assert content_identity(folder, tmp_path / "file" / "memo.json") == content_identity(folder)
     assert "memo.json cannot be written" in caplog.text

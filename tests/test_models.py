@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from truth import alone, alone_in, plain_model
 
-from fastscore import Scorer, models, self_check
+from fastscore import Scorer, models, probes, self_check
 from fastscore.attention import PROVIDERS
 from fastscore.config import ScorerConfig
 from fastscore.decoder import multiplies
@@ -325,9 +325,9 @@ def test_encoder_decoder_that_does_not_say_how_answers_begin(tmp_path: Path) -> 
 
 def test_the_probes_have_keys_carried_on_through_a_whole_pack() -> None:
     """Only then does the self-check see a forward pass that carries nothing on but what is its own."""
-    first, second, third, _ = self_check.probe_requests(VOCAB_SIZE)
+    first, second, third, _ = probes.probe_requests(VOCAB_SIZE)
     tree = build_prefix_tree([first, second, third])
-    size = self_check.SHARED_PACK
+    size = probes.SHARED_PACK
     cuts = [(start, min(size, tree.num_tokens - start)) for start in range(0, tree.num_tokens, size)]
     packs = [cut_pack(tree, start, length) for start, length in cuts]
     assert len(packs) == 3
@@ -340,7 +340,7 @@ def test_a_forward_pass_that_forgets_carried_keys_is_found_out(llama: Path) -> N
     check = self_check.SelfCheck(model, model.device)
     assert check.packed()[0] == ""
     right = ModelForward(model, PROVIDERS["reference"].load())
-    assert check.forward(right) == ""
+    assert check.truth.difference(right) == ""
 
     def forgets(pack: PackedBatch, carried: CarriedKeys, rows: torch.Tensor | None) -> tuple[Any, CarriedKeys]:
         hidden, carry = right(pack, carried, rows)
@@ -349,7 +349,7 @@ def test_a_forward_pass_that_forgets_carried_keys_is_found_out(llama: Path) -> N
             keys[old], values[old] = 0.0, 0.0
         return hidden, carry
 
-    assert check.forward(forgets).startswith("it is wrong")
+    assert check.truth.difference(forgets).startswith("it is wrong")
 
 
 def test_the_head_is_compared_in_the_models_own_attention(tmp_path: Path) -> None:

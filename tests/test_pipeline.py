@@ -23,6 +23,7 @@ from tiny_models import make_tiny_model
 
 from fastscore import InputError, Scorer, pipeline
 from fastscore.answer_head import SlotScores
+from fastscore.checkpoint import Checkpoint
 from fastscore.config import ScorerConfig, TaskConfig
 from fastscore.language_model import LanguageModel, Plan
 from fastscore.read_ahead import ReadAhead
@@ -230,10 +231,8 @@ def test_the_first_window_is_prepared_while_the_model_is_loaded(
         assert read.wait(LIMIT), "rows are read meanwhile"
         return real(*args)
 
-    from fastscore import scorer as room
-
-    real = room.load_model
-    monkeypatch.setattr(room, "load_model", load)
+    real = Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", load)
     assert len(list(scorer_of(llama, window_tokens=4_000_000).stream_rows(source(), CHOICES))) == 30
 
 
@@ -261,7 +260,7 @@ def test_an_interrupt_ends_the_thread(moment: str, llama: Path, beside: None, mo
         time.sleep(LIMIT)
 
     if moment == "loading":
-        monkeypatch.setattr("fastscore.scorer.load_model", sleep_while_loading)
+        monkeypatch.setattr(Checkpoint, "load", sleep_while_loading)
     else:
         scorer.load()
     source: Iterable[Row] = slow() if moment == "waiting" else endless()

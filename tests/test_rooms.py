@@ -37,6 +37,7 @@ def room(level: int, rooms: str = "", packages: frozenset[str] = frozenset()) ->
 # A name ending in "/" stands for every file under that folder. Names are those of modules under fastscore.
 ROOMS: dict[str, Room] = {
     "kernels/": room(0, packages=KERNELS),
+    "error_text": room(1),
     "ranges": room(1, packages=frozenset({"numpy"})),
     "transfer": room(1, packages=frozenset({"numpy", "torch"})),
     "types": room(1, "ranges transfer", packages=frozenset({"torch"})),
@@ -49,6 +50,7 @@ ROOMS: dict[str, Room] = {
     "dataset_folder": room(1, "types"),
     "table_rows": room(1, "types", frozenset({"pyarrow"})),
     "rows": room(1, "types json_stream dataset_folder table_rows"),
+    "context": room(1),
     "fields": room(1, "types"),
     "templates": room(1, "types config"),
     "definitions": room(1, "types config templates"),
@@ -87,32 +89,52 @@ ROOMS: dict[str, Room] = {
     "weight_files": room(
         2, "types config hub model_source", frozenset({"transformers", "safetensors", "huggingface_hub"})
     ),
+    "pretrained": room(2, "types config error_text model_source weight_files", frozenset({"transformers"})),
     "shards": room(2, "", frozenset({"torch"})),
     "lm_head": room(2, "kernels/ types shards", MODEL),
-    "packed_forward": room(2, "types attention/", MODEL),
     "quantize": room(2, "types shards", MODEL | {"torchao"}),
     "decoder/": room(2, "types attention/ decoder/ quantize shards", MODEL),
+    "devices": room(2, "types error_text decoder/", frozenset({"torch"})),
     "budget": room(2, "", frozenset({"torch"})),
     "answer_head": room(2, "transfer types ranges lm_head", frozenset({"numpy", "torch"})),
-    "self_check": room(2, "types prefix_tree packing padding attention/ packed_forward quantize", MODEL),
-    "forwards": room(2, "types config attention/ decoder/ packed_forward self_check", MODEL),
+    "probes": room(2, "types error_text prefix_tree packing", frozenset({"torch"})),
+    "own_forward": room(2, "types config error_text attention/ decoder/", frozenset({"torch"})),
+    "packed_forward": room(2, "types attention/", MODEL),
+    "self_check": room(2, "types error_text padding attention/ packed_forward probes quantize", MODEL),
+    "forwards": room(2, "types config attention/ decoder/ packed_forward probes own_forward", MODEL),
     "language_model": room(
         2,
         "types ranges prefix_tree packing padding attention/ lm_head packed_forward",
         MODEL | {"numpy"},
     ),
+    "ready_model": room(
+        2, "types config budget decoder/ devices lm_head own_forward language_model", frozenset({"torch"})
+    ),
+    "known_models": room(2, "types config fingerprint model_source", MODEL | {"huggingface_hub", "safetensors"}),
+    "recall": room(
+        2,
+        "config context error_text attention/ budget decoder/ devices lm_head probes own_forward packed_forward "
+        "pretrained model_source language_model ready_model known_models",
+        MODEL | {"safetensors"},
+    ),
     "split_model": room(2, "types model_source language_model packed_forward", MODEL),
     "models": room(
         2,
-        "types config padding attention/ decoder/ budget model_source weight_files lm_head quantize packed_forward "
-        "self_check forwards language_model split_model",
+        "types config context error_text padding attention/ decoder/ devices model_source weight_files pretrained "
+        "lm_head quantize packed_forward probes self_check forwards language_model ready_model known_models recall "
+        "split_model",
         MODEL | {"peft", "accelerate"},
     ),
     "execution": room(3, "types language_model answer_head"),
     "identity": room(
         3,
-        "kernels/ types config fingerprint language_model model_source packed_forward",
+        "kernels/ types config decoder/ fingerprint language_model model_source",
         MODEL | {"huggingface_hub"},
+    ),
+    "checkpoint": room(
+        3,
+        "config garbage decoder/ fingerprint identity known_models language_model model_source models pretrained "
+        "recall",
     ),
     "kept_scores": room(
         3, "types ranges fingerprint cache_blocks cache_file cache language_model", frozenset({"numpy"})
@@ -121,7 +143,7 @@ ROOMS: dict[str, Room] = {
     "pipeline": room(3, "types interrupts windows read_ahead language_model kept_scores launch", frozenset({"torch"})),
 }
 ROOMS["row_stream"] = room(
-    3, "types config run_stats aggregate chat tokenization windows models language_model kept_scores launch pipeline"
+    3, "types config run_stats aggregate chat tokenization windows devices language_model kept_scores launch pipeline"
 )
 ROOMS["scorer"] = room(3, " ".join(ROOMS), MODEL)
 # What every edge may import: the scorer and level 1.
@@ -132,7 +154,7 @@ ROOMS |= {
     "run_files": room(4, _EDGE),
     "terminal": room(4, "run_files types run_stats interrupts", TERMINAL),
     "estimate": room(4, f"{_EDGE} run_files pipeline", frozenset({"torch"})),
-    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ decoder/ model_source models identity", TERMINAL | MODEL),
+    "doctor": room(4, f"{_EDGE} kernels/ terminal attention/ decoder/ devices model_source identity", TERMINAL | MODEL),
     "ray_shelf": room(4, _EDGE, frozenset({"pyarrow", "ray"})),
     "ray_cache": room(4, _EDGE, frozenset({"numpy", "ray"})),
     "integrations/": room(

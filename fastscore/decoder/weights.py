@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from fastscore.quantize import is_quantized
 from fastscore.shards import is_split, own_part, processes, with_own_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastscore.decoder.skeleton import Skeleton
 
 LAYERS = {
     "LlamaDecoderLayer",
@@ -104,7 +108,7 @@ class Decoder:
     group: Any = None
 
 
-def read_decoder(model: PreTrainedModel, body: torch.nn.Module) -> Decoder | str:
+def read_decoder(model: PreTrainedModel | Skeleton, body: torch.nn.Module) -> Decoder | str:
     """The decoder in ``body``, the model without its head; or why it is none that is known here.
 
     Weights are merged in place, layer by layer. Whether the result computes the same is for a check to say, not for

@@ -117,7 +117,7 @@ class FastscoreLM(HFLM):  # type: ignore[misc]
         _check_max_length(max_length, self.scorer.hf_config)
         with _without_advice():
             super().__init__(
-                pretrained=self.scorer.load().model,
+                pretrained=self.scorer.hugging_face_model(),
                 backend="causal",
                 revision=self.scorer.config.revision or "main",
                 tokenizer=self.scorer.tokenizer if tokenizer is None and isinstance(pretrained, Scorer) else tokenizer,

@@ -6,7 +6,8 @@ passages begin with a number of their own, so that copies share nothing and each
 the program takes for one pair is its start, and is taken off before seconds per pair are compared.
 
 ``--layers 2`` takes the model's first layers alone. That is a harder test, and takes minutes where the whole model on a
-CPU would take an hour: whatever else the program does is a larger part of what it takes.
+CPU would take an hour: whatever else the program does is a larger part of what it takes. ``--window-tokens`` goes to
+the program: up to its window, memory does grow, and the usual one holds 16k pairs whole.
 """
 
 from __future__ import annotations
@@ -60,16 +61,23 @@ def cut_short(model: str, layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def measure(model: str, dtype: str, num_queries: int, copies: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Seconds and bytes of every file, the smallest first."""
+def measure(
+    model: str, num_queries: int, copies: Sequence[int], rounds: int, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Seconds and bytes of every file, the smallest first; files take turns. ``options`` are the program's."""
     source = NQ_QA if NQ_QA.is_file() else EXAMPLE
     with source.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, num_queries)]
     one = {**rows[0], "pos": rows[0]["pos"][:1], "neg": []}
-    start = [_score([one], 1, model, dtype)[0].seconds for _ in range(max(2, rounds))][1:]  # the first warms the disk
+    _score([one], 1, model, options)  # warms the disk
+    start: list[float] = []
+    runs_of: dict[int, list[tuple[Ended, int, dict[str, Any]]]] = {count: [] for count in copies}
+    for _ in range(rounds):
+        start.append(_score([one], 1, model, options)[0].seconds)
+        for count in copies:
+            runs_of[count].append(_score(rows, count, model, options))
     files = []
-    for count in copies:
-        runs = [_score(rows, count, model, dtype) for _ in range(rounds)]
+    for runs in runs_of.values():
         pairs, stats = runs[0][1], runs[0][2]
         seconds = [ended.seconds for ended, *_ in runs]
         files.append(
@@ -107,13 +115,15 @@ def show(report: Mapping[str, Any]) -> str:
     return f"{table(columns, rows)}\nstart {statistics.median(report['start_seconds']):.2f} s, taken off ms per pair"
 
 
-def _score(rows: Sequence[Mapping[str, Any]], copies: int, model: str, dtype: str) -> tuple[Ended, int, dict[str, Any]]:
+def _score(
+    rows: Sequence[Mapping[str, Any]], copies: int, model: str, options: Sequence[str]
+) -> tuple[Ended, int, dict[str, Any]]:
     """One run of the program in a folder of its own, the pairs it scored, and its statistics."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder, "rows.jsonl"), Path(folder, "scored.jsonl")
         pairs = write_copies(path, rows, copies)
-        options = ["--task", "qa", "--model", model, "--dtype", dtype, "--quiet"]
-        ended = run_python("-m", "fastscore", "score", str(path), "-o", str(out), *options)
+        usual = ["--task", "qa", "--model", model, "--quiet", "-o", str(out)]
+        ended = run_python("-m", "fastscore", "score", str(path), *usual, *options)
         stats = json.loads(out.with_name(f"{out.name}.meta.json").read_text(encoding="utf-8"))["stats"]
         scores = sum(len(json.loads(line)["teacher_scores"]) for line in out.open(encoding="utf-8"))
         if not scores == stats["pairs"] == pairs:
@@ -128,18 +138,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="of the model, the first ones (default: all)")
     parser.add_argument("--queries", type=int, default=QUERIES, help="in each copy")
     parser.add_argument("--copies", type=int, nargs="+", default=COPIES, help="one file for each number")
+    parser.add_argument("--window-tokens", type=int, help="of the program's windows (default: the program's own)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    program = ["--dtype", options.dtype]
+    if options.window_tokens is not None:
+        program += ["--window-tokens", str(options.window_tokens)]
 
     where = environment()
     print(one_line(where), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = options.model if options.layers is None else cut_short(options.model, options.layers, Path(folder))
-        report = measure(model, options.dtype, options.queries, sorted(options.copies), options.rounds)
+        report = measure(model, options.queries, sorted(options.copies), options.rounds, program)
     print(show(report))
     if options.json is not None:
         setting = {"model": options.model, "layers": options.layers, "dtype": options.dtype}
+        setting |= {"window_tokens": options.window_tokens, "rounds": options.rounds}
         write_json(options.json, {"environment": where, **setting, **report})
     return 0
 

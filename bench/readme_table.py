@@ -23,7 +23,7 @@ from peer_vllm import VLLM, VLLM_PREFILL
 from readme_guides import cache, harness, scale_out
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing, quantized
 from readme_words import amount, emulated, file_name, link, machine, ratio, read_result, wrapped
-from startup import FIRST_SCORE, HELP, ONE_ROW
+from startup import FIRST_SCORE, HELP, NEW_MODEL, ONE_ROW
 
 README = ROOT / "README.md"
 NUMERICS, SCALE_OUT, HARNESS, RELIABILITY = (
@@ -107,7 +107,9 @@ def costs(folder: Path) -> str:
         lines.append(
             wrapped(
                 "**Start.** `python bench/startup.py`: from the start of Python to the first score "
-                f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache, a whole `fastscore score` of one row "
+                f"{median[FIRST_SCORE]:.1f} s with {start['model']} in the cache ({median[NEW_MODEL]:.1f} s when it is "
+                "loaded for the first time: nothing is noted of it then, and transformers' code for models is "
+                "imported), a whole `fastscore score` of one row "
                 f"{median[ONE_ROW]:.1f} s, `fastscore --help` {median[HELP]:.2f} s; {machine(start['environment'])} "
                 f"({link(STARTUP)})."
             )
@@ -120,6 +122,10 @@ def costs(folder: Path) -> str:
         command, model = "python bench/linear.py", growth["model"]
         if layers is not None:
             command, model = f"{command} --layers {layers}", f"the first {layers} layers of {model}"
+        if (window := growth["window_tokens"]) is not None:
+            command += f" --window-tokens {window}"
+        if growth["rounds"] > 1:
+            command += f" --rounds {growth['rounds']}"
         lines += [
             wrapped(
                 f"**Growth.** `{command}`: `fastscore score` from file to file with {model}; "

@@ -1,8 +1,9 @@
 """How long until the first score, and until ``fastscore --help``? ``python bench/startup.py --json OUT``.
 
 Each in new processes, by turns, by the wall clock: a Python that does nothing, the help, a program that imports
-fastscore, loads the model from the cache and scores one pair (from its start to that score), and ``fastscore score`` of
-one row, to its end. The first turn, which warms the disk, is not counted.
+fastscore, loads the model from the cache and scores one pair (from its start to that score), the same with a model that
+was never loaded before, so that nothing is noted of it, and ``fastscore score`` of one row, to its end. The first turn,
+which warms the disk and leaves notes of the model, is not counted.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from processes import run_python
 from rounds import table
 
 from fastscore.config import DEFAULT_MODEL
+from fastscore.model_source import cache_folder
 
-NOTHING, HELP, FIRST_SCORE, ONE_ROW = "python -c pass", "fastscore --help", "first score", "fastscore score, one row"
+NOTHING, HELP, ONE_ROW = "python -c pass", "fastscore --help", "fastscore score, one row"
+FIRST_SCORE, NEW_MODEL = "first score", "first score, new model"
 ROW = {"query": "The capital of France?", "pos": ["Paris is its capital."], "answers": ["Paris"]}
 AIMS = {HELP: 0.5, FIRST_SCORE: 5.0}
 """Seconds."""
 
 PROGRAM = """
-import json, sys, time
+import json, os, sys, time
+if len(sys.argv) > 3:
+    os.environ["FASTSCORE_CACHE"] = sys.argv[3]
 begun = time.perf_counter()
 from fastscore import Scorer
 imported = time.perf_counter()
@@ -44,27 +49,31 @@ print(json.dumps({**parts, "nats": score.logprob, "at": time.time()}))
 
 def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
     """Seconds of each round, and the parts of the first score as the program itself sees them."""
-    seconds: dict[str, list[float]] = {NOTHING: [], HELP: [], FIRST_SCORE: [], ONE_ROW: []}
+    seconds: dict[str, list[float]] = {NOTHING: [], HELP: [], FIRST_SCORE: [], NEW_MODEL: [], ONE_ROW: []}
     parts: list[dict[str, float]] = []
     for turn in range(rounds + 1):
         nothing = run_python("-c", "pass")
         shown = run_python("-m", "fastscore", "--help")
         scored = run_python("-c", PROGRAM, model, dtype)
         with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "models").symlink_to(cache_folder() / "models")  # converted, and no notes beside them
+            new = run_python("-c", PROGRAM, model, dtype, folder)
             row = Path(folder) / "row.jsonl"
             row.write_text(json.dumps(ROW), "utf-8")
             options = ["--task", "qa", "--model", model, "--dtype", dtype, "-q", "-o", f"{folder}/scored.jsonl"]
             one_row = run_python("-m", "fastscore", "score", str(row), *options)
         if not any("score" in line for line in shown.lines):
             raise RuntimeError("fastscore --help did not name its commands")
-        told = json.loads(scored.lines[-1])
-        if not told.pop("nats") < 0:
-            raise RuntimeError("the first score is no log-probability")
-        first = told.pop("at") - scored.began
+        told, told_new = (json.loads(ended.lines[-1]) for ended in (scored, new))
+        if not told["nats"] == told_new["nats"] < 0:
+            raise RuntimeError("the first score is no log-probability, or another one of a new model")
+        del told["nats"]
+        first, first_new = told.pop("at") - scored.began, told_new["at"] - new.began
         if turn:
             for name, ended in ((NOTHING, nothing), (HELP, shown), (ONE_ROW, one_row)):
                 seconds[name].append(ended.seconds)
             seconds[FIRST_SCORE].append(first)
+            seconds[NEW_MODEL].append(first_new)
             parts.append(told)
     return {
         "seconds": seconds,

@@ -104,8 +104,8 @@ def remember(
         settings = plain_values(hf_config)
         note = _note(place.folder, settings, hf_config, loaded, needs, truth)
         known = KnownModel(place, settings, _tokenizer_kind(source, config))
-    except NotPlain as error:
-        logger.debug("%s is loaded anew next time: %s", config.model, error)
+    except Exception as error:  # noqa: BLE001 - of foreign models and tokenizers; the model is loaded all the same
+        logger.debug("%s is loaded anew next time: %s", config.model, error_text(error))
         return
     if place_at(place.folder) == place:
         write_notes(known, loaded.device, loaded.dtype, note)
@@ -193,7 +193,7 @@ def _tokenizer_kind(source: ModelSource, config: ScorerConfig) -> tuple[str, str
     """Module and class that read the tokenizer just as transformers' automatic choice does."""
     chosen = load_tokenizer(source, config)
     kind = type(chosen).__module__, type(chosen).__name__
-    if not kind[0].startswith("transformers.") or not chosen.is_fast:
+    if not kind[0].startswith("transformers.") or not getattr(chosen, "is_fast", False):
         raise NotPlain("a tokenizer with code of its own")
     again = load_tokenizer(source, config, kind)
     settings, same = ({**vars(each), "_tokenizer": each.backend_tokenizer.to_str()} for each in (chosen, again))

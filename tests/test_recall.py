@@ -26,7 +26,7 @@ from fastscore.model_source import resolve_model
 from fastscore.types import AnswerScore
 
 NOTED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"]
-SCALED_EMBEDDINGS = ["gemma2", "gemma3_text"]
+SCALED_EMBEDDINGS = ["gemma", "gemma2", "gemma3_text"]
 PAIRS = [((5, 6, 7, 8), (9, 10)), ((5, 6, 7, 11, 12, 13), (14,)), ((20,) * 30, (21, 22, 23))]
 
 

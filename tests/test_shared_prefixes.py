@@ -20,7 +20,7 @@ from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoTokenizer
 from truth import alone_in, plain_model
 
-from fastscore import Scorer, language_model
+from fastscore import Scorer, language_model, packed_forward
 from fastscore.attention import PROVIDERS
 from fastscore.decoder import OwnForward
 from fastscore.types import InputError, Row
@@ -238,7 +238,7 @@ def test_out_of_memory_in_padded_batches(
     scorer = scorer_of(folder, max_batch_tokens=4096)
     tried: list[int] = []
     name = "seq2seq_hidden" if family == "t5" else "padded_hidden"
-    real = getattr(language_model, name)
+    real = getattr(packed_forward, name)
 
     def hidden(model: Any, batch: Any) -> torch.Tensor:
         tried.append(batch.num_tokens)
@@ -249,7 +249,7 @@ def test_out_of_memory_in_padded_batches(
 
     scorer.load()
     caplog.clear()
-    monkeypatch.setattr(language_model, name, hidden)
+    monkeypatch.setattr(packed_forward, name, hidden)
     pairs = [pair for prompt, answer in long_pairs() for pair in ((prompt, answer), (prompt[:20], answer))]
     with caplog.at_level(logging.WARNING, "fastscore"):
         scores = scorer.score_tokens(pairs)

@@ -46,14 +46,14 @@ def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:
 # For each model in turn rank 0 scores, and the other does as it does.
 FAMILIES_PROGRAM = """
 import json, sys
-import fastscore.models
+import fastscore.ready_model
 from fastscore import Scorer
 from fastscore.config import ScorerConfig
 from fastscore.rank_messages import meet
 from fastscore.shards import own_part
 from fastscore.shared_model import SharedScorer, end_following, follow_model
 rank, rows = meet(True), json.load(open(sys.argv[1]))
-fastscore.models.default_budget = lambda *_: 100 + 128 * rank  # as devices of which one has more room
+fastscore.ready_model.default_budget = lambda *_: 100 + 128 * rank  # as devices of which one has more room
 for path in sys.argv[2:]:
     config = ScorerConfig(path, dtype="fp32", tensor_parallel=True)
     found = {"model": path}

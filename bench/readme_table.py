@@ -130,13 +130,15 @@ def costs(folder: Path) -> str:
             wrapped(
                 f"**Growth.** `{command}`: `fastscore score` from file to file with {model}; "
                 f"{machine(growth['environment'])} ({link(LINEAR)}). The start, {begun:.1f} s, is taken off the "
-                "time per pair:"
+                "times per pair and per token; a prefix that occurs in two windows is computed twice:"
             ),
             "",
-            "| pairs | seconds | ms per pair | peak memory, MiB |",
-            "| --- | --- | --- | --- |",
+            "| pairs | tokens computed | seconds | ms per pair | ms per 1,000 tokens | peak memory, MiB |",
+            "| --- | --- | --- | --- | --- | --- |",
             *(
-                f"| {file['pairs']:,} | {file['median_seconds']:.1f} | {file['seconds_per_pair'] * 1e3:.2f} | "
+                f"| {file['pairs']:,} | {file['tokens_computed']:,} | {file['median_seconds']:.1f} | "
+                f"{file['seconds_per_pair'] * 1e3:.2f} | "
+                f"{file['seconds_per_pair'] * file['pairs'] / file['tokens_computed'] * 1e6:.0f} | "
                 f"{file['peak_bytes'] / 2**20:,.0f} |"
                 for file in growth["files"]
             ),

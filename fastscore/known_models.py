@@ -165,7 +165,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _remove_oldest(folder: Path) -> None:
-    notes = [path for path in folder.iterdir() if path.is_file()]
-    for path in sorted(notes, key=lambda path: path.stat().st_mtime)[:-MOST_NOTES]:
-        with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # another process has just done it
+        notes = [path for path in folder.iterdir() if path.is_file()]
+        for path in sorted(notes, key=lambda path: path.stat().st_mtime)[:-MOST_NOTES]:
             path.unlink()

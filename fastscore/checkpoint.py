@@ -10,7 +10,7 @@ from fastscore.decoder.skeleton import PlainConfig
 from fastscore.fingerprint import ScoreIdentity
 from fastscore.garbage import collection_paused
 from fastscore.identity import local_files, score_identity
-from fastscore.known_models import find_known
+from fastscore.known_models import find_known, place_of
 from fastscore.language_model import LanguageModel
 from fastscore.model_source import resolve_model
 from fastscore.pretrained import AUTO_TOKENIZER, load_config, load_tokenizer
@@ -28,7 +28,8 @@ class Checkpoint:
     def __init__(self, config: ScorerConfig) -> None:
         self._config = config
         self._source = resolve_model(config.model)
-        self._known = find_known(self._source, config)
+        self._place = place_of(self._source, config)
+        self._known = None if self._place is None else find_known(self._place)
         self._files: dict[str, list[int]] = {}
         self.settings: Any = self.hf_config if self._known is None else PlainConfig(self._known.config)
 
@@ -75,11 +76,13 @@ class Checkpoint:
         with collection_paused():
             from fastscore.models import load_model
 
-        return load_model(self._source, self._config, self.hf_config)
+        return load_model(self._source, self._config, self.hf_config, self._place)
 
     def forget(self) -> bool:
         """From now on the model is loaded as transformers has it; whether it was not, or would not have been."""
         was_known, self._known = self._known is not None, None
+        if was_known:
+            self._place = None  # the note is good: it is not made again
         return was_known
 
     def identity(self, model: LanguageModel) -> ScoreIdentity:

@@ -199,9 +199,7 @@ class _Digests:
                 stopped.set()
                 raise
         found = {name: digests.get(name) or self._recall(name, mark) for name, mark in marks.items()}
-        settled = [
-            n for n in unknown if max(marks[n][3:]) / 1e9 < started - SETTLED_SECONDS and file_mark(n) == marks[n]
-        ]
+        settled = [name for name in unknown if is_settled(marks[name], started) and file_mark(name) == marks[name]]
         if settled:
             self._known |= {name: [*marks[name], digests[name]] for name in settled}
             self._write()
@@ -216,11 +214,7 @@ class _Digests:
             return
         kept = {name: value for name, value in self._known.items() if os.path.exists(name)}
         try:
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".fingerprints-", dir=self._memo.parent) as folder:
-                written = Path(folder, self._memo.name)
-                written.write_text(json.dumps(kept), encoding="utf-8")
-                os.replace(written, self._memo)
+            replace_file(self._memo, lambda path: path.write_text(json.dumps(kept), encoding="utf-8"))
         except OSError as error:
             logger.warning("%s cannot be written (%s): weights are read again next time", self._memo, error.strerror)
 
@@ -229,6 +223,25 @@ def file_mark(file: str | Path) -> list[int]:
     """Device, inode, size, and the times in nanoseconds of the content's last change and of the inode's."""
     found = os.stat(file)
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def is_settled(mark: list[int], looked: float) -> bool:
+    """Whether a file that had this mark at that moment had not changed so shortly before that another change might not
+    show."""
+    return max(mark[3:]) / 1e9 < looked - SETTLED_SECONDS
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place, and put there when it is whole; its folder is made where there is none.
+
+    Raises:
+        OSError: it cannot be written. Whatever else ``write`` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        written = Path(folder, path.name)
+        write(written)
+        os.replace(written, path)
 
 
 def _sha256(file: str, stopped: threading.Event) -> str:

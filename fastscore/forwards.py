@@ -39,9 +39,8 @@ def choose_forward(model: PreTrainedModel, config: ScorerConfig, needs: Attentio
         if not (wrong := broken(provider)):
             if isinstance(decoder, Decoder):
                 own = own_forward(decoder, model.device, config, provider)
-                if not (
-                    reason := truth.difference(own.forward)
-                ):  # and so is the provider's attention, in the same pass
+                # The provider's attention is compared in the same pass.
+                if not (reason := truth.difference(own.forward)):
                     return own
                 del own  # it may hold the weights once more
             if not (wrong := truth.difference(ModelForward(model, provider.load()))):

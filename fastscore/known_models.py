@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastscore.config import ScorerConfig
-from fastscore.fingerprint import SETTLED_SECONDS, file_mark
+from fastscore.fingerprint import file_mark, is_settled, replace_file
 from fastscore.model_source import ModelSource, cache_folder
 from fastscore.types import dtype_name
 
@@ -97,15 +95,12 @@ def place_at(folder: Path) -> Place | None:
         return None
     versions = [FORMAT, metadata.version("fastscore"), torch.__version__, transformers.__version__]
     key = sha256(json.dumps([versions, marks]).encode()).hexdigest()[:32]
-    changed = max((max(mark[3:]) for mark in marks.values()), default=0) / 1e9
-    return Place(folder, cache_folder() / "known-models" / f"{key}.json", changed < looked - SETTLED_SECONDS)
+    settled = all(is_settled(mark, looked) for mark in marks.values())
+    return Place(folder, cache_folder() / "known-models" / f"{key}.json", settled)
 
 
-def find_known(source: ModelSource, config: ScorerConfig) -> KnownModel | None:
+def find_known(place: Place) -> KnownModel | None:
     """What is noted of a model, or None where it is not known."""
-    place = place_of(source, config)
-    if place is None:
-        return None
     try:
         noted = json.loads(place.about.read_text(encoding="utf-8"))
         module, name = noted["tokenizer"]
@@ -132,9 +127,9 @@ def write_notes(known: KnownModel, device: torch.device, dtype: torch.dtype, not
     about = {"config": known.config, "tokenizer": known.tokenizer}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in note.tensors.items()}
     try:
-        place.about.parent.mkdir(parents=True, exist_ok=True)
-        _replace(place.loaded(device, dtype), lambda path: save_file(tensors, path, {"about": json.dumps(note.about)}))
-        _replace(place.about, lambda path: path.write_text(json.dumps(about), encoding="utf-8"))
+        settings = {"about": json.dumps(note.about)}
+        replace_file(place.loaded(device, dtype), lambda path: save_file(tensors, path, settings))
+        replace_file(place.about, lambda path: path.write_text(json.dumps(about), encoding="utf-8"))
         _remove_oldest(place.about.parent)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): models load as slowly next time", place.about.parent, error)
@@ -155,13 +150,6 @@ def _folder(source: ModelSource, config: ScorerConfig) -> Path | None:
     except Exception:  # noqa: BLE001 - loading it says what is wrong
         return None
     return Path(found).parent
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        written = Path(folder, path.name)
-        write(written)
-        os.replace(written, path)
 
 
 def _remove_oldest(folder: Path) -> None:

@@ -17,7 +17,7 @@ from fastscore.decoder import OwnForward, multiplies
 from fastscore.devices import choose_device, choose_dtype
 from fastscore.error_text import error_text
 from fastscore.forwards import choose_forward
-from fastscore.known_models import place_of
+from fastscore.known_models import Place
 from fastscore.language_model import ALIGNMENT, LanguageModel
 from fastscore.lm_head import LMHead, check_lm_head, find_lm_head
 from fastscore.model_source import ModelSource
@@ -44,8 +44,9 @@ class Prepared(NamedTuple):
     truth: Truth | None
 
 
-def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> LanguageModel:
-    """Load weights, put them on the device, and find out by a self-check whether packs run through this model.
+def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any, place: Place | None) -> LanguageModel:
+    """Load weights, put them on the device, and find out by a self-check whether packs run through this model. It is
+    noted at ``place``, as that was before any file was read, unless None.
 
     Raises:
         InputError: weights, adapter or device are not there, or as :func:`prepare_model`.
@@ -56,7 +57,6 @@ def load_model(source: ModelSource, config: ScorerConfig, hf_config: Any) -> Lan
         # A name that cannot be is refused before the weights are read; what the model itself needs is known after.
         needs = AttentionNeeds(device.type, dtype_name(dtype), deterministic=config.deterministic)
         choose_provider(config.attention, needs)
-    place = place_of(source, config)
     auto = "AutoModelForSeq2SeqLM" if hf_config.is_encoder_decoder else "AutoModelForCausalLM"
     extra: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
     if config.tensor_parallel:

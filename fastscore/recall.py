@@ -172,13 +172,12 @@ def _note(
     bare.dtype = loaded.dtype
     if _without_values(read_decoder(bare, getattr(bare, path))) != _without_values(decoder):
         raise NotPlain("settings that are not plain")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     weight: Any = model.get_output_embeddings().weight
     about = {
         "model": skeleton,
         "body": path,
         "rotary": rotary_emb.scaling,
-        "head": names[id(weight)],
+        "head": next(name for name, parameter in model.named_parameters() if parameter is weight),
         "logit_scale": head.logit_scale,
         "logit_softcap": head.logit_softcap,
         "vocab_size": head.vocab_size,

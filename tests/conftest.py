@@ -3,7 +3,6 @@ imported; programs can be interrupted; long tests come first."""
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 
@@ -32,7 +31,7 @@ LONG_FILES = (
 @pytest.fixture(autouse=True)
 def _models_are_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not as it was noted when they were loaded before, which depends on how old a test's files are."""
-    monkeypatch.setattr("fastscore.known_models.SETTLED_SECONDS", math.inf)
+    monkeypatch.setattr("fastscore.known_models.is_settled", lambda *_: False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

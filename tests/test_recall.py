@@ -19,7 +19,7 @@ from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from truth import alone
 
-from fastscore import Scorer, known_models, recall
+from fastscore import Scorer, fingerprint, known_models, recall
 from fastscore.config import ScorerConfig
 from fastscore.decoder.skeleton import Skeleton
 from fastscore.model_source import resolve_model
@@ -34,7 +34,7 @@ PAIRS = [((5, 6, 7, 8), (9, 10)), ((5, 6, 7, 11, 12, 13), (14,)), ((20,) * 30, (
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where notes are kept; files that have only just been written count as settled."""
     monkeypatch.setenv("FASTSCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_models, "SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(known_models, "is_settled", lambda *_: True)
     return tmp_path / "cache" / "known-models"
 
 
@@ -216,7 +216,7 @@ def test_files_that_change_between_tokenizer_and_weights(tmp_path: Path) -> None
 def test_files_that_have_only_just_been_written_are_not_noted(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_models, "SETTLED_SECONDS", 60.0)
+    monkeypatch.setattr(known_models, "is_settled", fingerprint.is_settled)
     loaded_before(make_tiny_model(tmp_path / "model"))
     assert not notes.exists()
 

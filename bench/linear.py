@@ -7,7 +7,8 @@ the program takes for one pair is its start, and is taken off before seconds per
 
 ``--layers 2`` takes the model's first layers alone. That is a harder test, and takes minutes where the whole model on a
 CPU would take an hour: whatever else the program does is a larger part of what it takes. ``--window-tokens`` goes to
-the program: up to its window, memory does grow, and the usual one holds 16k pairs whole.
+the program: up to its window, memory does grow, and the usual one holds 16k pairs whole. With a window that holds less
+than the smallest file, all files pay alike for the prefixes that occur in two windows.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def measure(
     _score([one], 1, model, options)  # warms the disk
     start: list[float] = []
     runs_of: dict[int, list[tuple[Ended, int, dict[str, Any]]]] = {count: [] for count in copies}
-    for _ in range(rounds):
-        start.append(_score([one], 1, model, options)[0].seconds)
-        for count in copies:
+    for number in range(rounds):
+        # There and back, so that a machine that becomes slower or faster does so for all of them.
+        for count in copies if number % 2 == 0 else reversed(copies):
+            start.append(_score([one], 1, model, options)[0].seconds)
             runs_of[count].append(_score(rows, count, model, options))
     files = []
     for runs in runs_of.values():

@@ -70,6 +70,7 @@ class RunServer:
         """``fastscore`` with these arguments; ``patches`` are values of names in modules, as ``fastscore.launch:X``."""
         self._count += 1
         log = self._folder / f"run-{self._count}.log"
+        log.touch()  # one killed at once has not opened it yet
         command = {"arguments": [str(argument) for argument in arguments], "log": str(log)}
         return Run(self, self.ask({**command, "file_bytes": file_bytes, "patches": dict(patches or {})}), log)
 

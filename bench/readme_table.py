@@ -17,12 +17,13 @@ from typing import Any
 
 from compare import LIMIT
 from contenders import NO_TREE, OURS, PADDED, TUNED
+from end_to_end import PEERS
 from environment import ROOT
 from peer_lm_eval import LM_EVAL
 from peer_vllm import VLLM, VLLM_PREFILL
 from readme_guides import cache, harness, scale_out
 from readme_numerics import SHARING, fidelity, fidelity_in_full, invariance, moved_by_sharing, quantized
-from readme_words import amount, emulated, file_name, link, machine, ratio, read_result, wrapped
+from readme_words import amount, emulated, file_name, link, machine, ratio, read_result, rounds_told, wrapped
 from startup import FIRST_SCORE, HELP, NEW_MODEL, ONE_ROW
 
 README = ROOT / "README.md"
@@ -30,7 +31,7 @@ NUMERICS, SCALE_OUT, HARNESS, RELIABILITY = (
     ROOT / "docs" / f"{name}.md" for name in ("numerics", "scale-out", "lm-eval", "reliability")
 )
 RESULTS = ROOT / "bench" / "results"
-END_TO_END = {dtype: f"end-to-end-smollm2-135m-cpu-{dtype}.json" for dtype in ("bf16", "fp32")}
+END_TO_END = {name: f"end-to-end-smollm2-135m-cpu-{name}.json" for name in ("bf16", "fp32", "bf16-avx2")}
 SHARING_EMULATED = "prefix-sharing-smollm2-135m-cpu-bf16-avx2.json"
 LINEAR, STARTUP = "linear-smollm2-135m-cpu.json", "startup-smollm2-135m-cpu.json"
 GPU = "gpu-end-to-end.json"
@@ -47,7 +48,7 @@ MEANING = {
 
 
 def end_to_end(folder: Path) -> str:
-    """All contenders on one file, with the limit, in each dtype that was measured."""
+    """All contenders on one file, with the limit, in each dtype that was measured (bf16 on CPUs of two kinds)."""
     found = {name: report for name in END_TO_END.values() if (report := read_result(folder, name)) is not None}
     if not found:
         return "Against its peers, fastscore has not been measured yet (`python bench/end_to_end.py`)."
@@ -58,12 +59,15 @@ def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
     task, where = report["workload"], report["environment"]
     command = f"python bench/end_to_end.py --dtype {report['dtype']} --queries {task['queries']}"
     command += f" --rounds {report['rounds']}"
+    took_part = [peer for peer in PEERS if peer in report["contenders"] or peer in report["left_out"]]
+    if took_part != list(PEERS):
+        command += f" --peers {' '.join(took_part)}"
     lines = [
         wrapped(
             f"**Against other ways.** `{command}`: {task['queries']} queries of {file_name(task)}, {task['pairs']:,} "
             f"pairs, {task['tokens']:,} tokens, with {report['model']} in {report['dtype']}; {machine(where)}. "
-            f"Contenders by turns on the same token ids; medians of {report['rounds']} rounds, in brackets the lowest "
-            f"and highest ratio of a round ({link(file)}).{emulated(report, report['dtype'])}"
+            f"Contenders by turns on the same token ids; {rounds_told(report['rounds'])} ({link(file)})."
+            f"{emulated(report, report['dtype'])}"
         ),
         "",
         "| | seconds | tokens/s | times fastscore's time | of the GEMM rate | mean distance from fastscore, nats |",
@@ -156,13 +160,14 @@ def sharing(folder: Path) -> str:
 
 def _by_sharing(name: str, report: Mapping[str, Any]) -> str:
     tasks, dtype = [file["workload"] for file in report["files"]], report["files"][0]["dtype"]
+    told = rounds_told(report["rounds"], " as multiples of fastscore's")
     lines = [
         wrapped(
             f"**What sharing brings.** `python bench/prefix_sharing.py --dtype {dtype} --queries {tasks[0]['queries']} "
             f"--questions {tasks[1]['queries']} --rounds {report['rounds']}`: {report['model']} in {dtype}; "
             f"{machine(report['environment'])}; {' and '.join(map(amount, tasks))}. By turns; "
-            f"medians of {report['rounds']} rounds as multiples of fastscore's, in brackets the lowest and highest "
-            f"ratio of a round ({link(name)}).{emulated(report['files'][0], dtype)}"
+            f"{told} ({link(name)})."
+            f"{emulated(report['files'][0], dtype)}"
         ),
         "",
         f"| | {' | '.join(map(file_name, tasks))} |",

@@ -40,7 +40,8 @@ def emulated(report: Mapping[str, Any], dtype: str) -> str:
         return ""
     return (
         f" This CPU has no instructions for {dtype}: fastscore widens weights to fp32 as it multiplies them; its peers "
-        f"compute in {dtype} as PyTorch does there, at a fraction of fp32's rate."
+        f"compute in {dtype} as PyTorch does there, at a fraction of fp32's rate. On such a CPU the ratios in fp32 are "
+        "those to go by."
     )
 
 
@@ -55,13 +56,21 @@ def amount(task: Mapping[str, Any]) -> str:
 
 
 def ratio(values: Mapping[str, Any]) -> str:
-    """How many times fastscore's time, by medians and (from, to) by rounds."""
+    """How many times fastscore's time, by medians and, of several rounds, (from, to) by rounds."""
     if "times_fastscore" not in values:
         return "not timed: its scores differ"
     by_round = values["times_fastscore_by_round"]
     if min(by_round) == max(by_round) == 1:
         return "1"
-    return f"{values['times_fastscore']:.3g} ({min(by_round):.3g}-{max(by_round):.3g})"
+    median = f"{values['times_fastscore']:.3g}"
+    return median if len(by_round) == 1 else f"{median} ({min(by_round):.3g}-{max(by_round):.3g})"
+
+
+def rounds_told(rounds: int, of: str = "") -> str:
+    """What the ratios of ``ratio`` are, after so many rounds; ``of`` says of what."""
+    if rounds == 1:
+        return f"one round{of}"
+    return f"medians of {rounds} rounds{of}, in brackets the lowest and highest ratio of a round"
 
 
 def wrapped(text: str) -> str:

@@ -82,7 +82,7 @@ def plot_end_to_end(result: Mapping[str, Any]) -> Any:
             -0.015 * longest, place, BAR_LABELS.get(name, name), va="center", ha="right", color=INK, weight=weight
         )
     most = max([longest, *(max(each["seconds"]) for each in timed.values())])
-    panel.set_xlim(0, most * 1.19)
+    panel.set_xlim(0, most * 1.25)
     panel.set_ylim(-0.6, len(names) - 0.4)
     panel.invert_yaxis()
     panel.set_yticks([])

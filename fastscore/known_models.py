@@ -12,13 +12,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -93,8 +93,7 @@ def place_at(folder: Path) -> Place | None:
         marks = {str(path): file_mark(path) for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError:  # loading it says what is wrong
         return None
-    versions = [FORMAT, metadata.version("fastscore"), torch.__version__, transformers.__version__]
-    key = sha256(json.dumps([versions, marks]).encode()).hexdigest()[:32]
+    key = sha256(json.dumps([FORMAT, _code(), marks]).encode()).hexdigest()[:32]
     settled = all(is_settled(mark, looked) for mark in marks.values())
     return Place(folder, cache_folder() / "known-models" / f"{key}.json", settled)
 
@@ -133,6 +132,17 @@ def write_notes(known: KnownModel, device: torch.device, dtype: torch.dtype, not
         _remove_oldest(place.about.parent)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): models load as slowly next time", place.about.parent, error)
+
+
+@lru_cache
+def _code() -> list[Any]:
+    """What takes part in loading. fastscore's own files too, since a checkout changes while its version stays."""
+    package = Path(__file__).parent
+    own = [(path, path.stat()) for path in sorted(package.rglob("*.py"))]
+    return [
+        *(metadata.version(name) for name in ("fastscore", "torch", "transformers", "tokenizers")),
+        *([str(path.relative_to(package)), found.st_size, found.st_mtime_ns] for path, found in own),
+    ]
 
 
 def _folder(source: ModelSource, config: ScorerConfig) -> Path | None:

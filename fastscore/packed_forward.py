@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from fastscore.attention import Attend
 from fastscore.types import CarriedKeys, PackedBatch, PaddedBatch, Seq2SeqBatch
@@ -66,13 +66,9 @@ def _packed_attention(
     return out_THd[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Segments are bounded by cu_seqlens: no mask is ever materialised."""
-    return
-
-
+# Segments are bounded by cu_seqlens: no mask is ever materialised. transformers makes none for attention that has no
+# function registered for masks; for one with a function it looks at the positions first, which on CUDA waits for them.
 AttentionInterface.register(ATTENTION_NAME, _packed_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ Shapes: A answer rows, J targets per row, D hidden size, V vocabulary, S splits 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import triton
@@ -17,12 +18,28 @@ from fastscore_kernels.partials import Partials
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+P = ParamSpec("P")
+
 COMBINE_BLOCK_A = 32
 COMBINE_BLOCK_S = 32
 GEMM_LOGITS_BYTES = 32 << 20
 """Budget of the GEMM path's chunk of fp32 logits: small enough to be read back from the L2 cache."""
 
 
+def _on_its_device(
+    launch: Callable[Concatenate[torch.Tensor, P], Partials],
+) -> Callable[Concatenate[torch.Tensor, P], Partials]:
+    """Triton launches on the current device, which need not be the operands'."""
+
+    @wraps(launch)
+    def launch_there(hidden_AD: torch.Tensor, /, *arguments: P.args, **options: P.kwargs) -> Partials:
+        with torch.cuda.device_of(hidden_AD):
+            return launch(hidden_AD, *arguments, **options)
+
+    return launch_there
+
+
+@_on_its_device
 def fused_partials(
     hidden_AD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -116,6 +133,7 @@ def fused_partials(
     return out
 
 
+@_on_its_device
 def gemm_partials(
     hidden_AD: torch.Tensor,
     weight_VD: torch.Tensor,

@@ -19,6 +19,7 @@ from fastscore.config import ScorerConfig
 from fastscore.decoder import OwnForward, choose_operators, instructions, read_decoder
 from fastscore.decoder import operators as operators_module
 from fastscore.decoder.operators import CompiledOperators, Operators, PackedOperators, packing_works
+from fastscore.decoder.skeleton import Rotary
 from fastscore.models import prepare_model
 from fastscore.packed_forward import ATTENTION_NAME, ModelForward, body_of
 from fastscore.packing import cut_pack
@@ -209,6 +210,8 @@ def test_quantising_asks_for_what_it_needs(tmp_path: Path) -> None:
     model = plain_model(make_tiny_model(tmp_path, "llama"))
     with pytest.raises(InputError, match="quantize int8 needs a model in bf16 or fp16"):
         quantize_linears(model, "int8")
+    with pytest.raises(InputError, match="quantize fp8 needs a model in bf16"):
+        quantize_linears(model.half(), "fp8")
     with pytest.raises(InputError, match="quantize fp8 needs a CUDA device"):
         quantize_linears(model.bfloat16(), "fp8")
     if find_spec("torchao") is None:
@@ -226,6 +229,18 @@ def test_int8_scores_are_near(tmp_path: Path) -> None:
     eight = Scorer(folder, dtype="bf16", device="cpu", quantize="int8").score_tokens(pairs)
     differences = [abs(a.mean_logprob - b.mean_logprob) for a, b in zip(exact, eight, strict=True)]
     assert 0 < sum(differences) / len(differences) < 0.2
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs the extra [quantize]")
+@pytest.mark.parametrize(("family", "share", "level"), [("llama", 100, "INFO"), ("mixtral", 14, "WARNING")])
+def test_how_much_is_quantised_is_told(
+    family: str, share: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experts that are one tensor stay as they are."""
+    caplog.set_level("INFO", logger="fastscore")
+    quantize_linears(plain_model(make_tiny_model(tmp_path, family)).bfloat16(), "int8")
+    [record] = [record for record in caplog.records if "in eight bits" in record.message]
+    assert (record.levelname, f"{share}% of" in record.message) == (level, True), record.message
 
 
 def test_bad_combinations_are_refused() -> None:
@@ -306,3 +321,15 @@ def test_scores_of_a_bf16_model_agree_with_fp32(tmp_path: Path) -> None:
     scores = Scorer(str(folder), dtype="bf16", device="cpu").score_tokens(pairs)
     flat = [(a, b) for s, t in zip(scores, truth, strict=True) for a, b in zip(s.token_logprobs, t, strict=True)]
     assert sum(abs(a - b) for a, b in flat) / len(flat) < 0.03
+
+
+def test_positions_are_exact_whatever_products_are_rounded_to() -> None:
+    """As inside somebody's autocast, where angles that come of a product would be radians away."""
+    rotary = Rotary({"": 10000.0 ** -(torch.arange(0, 64, 2) / 64)}, {"": 1.0})
+    like, positions_1T = torch.empty(0), torch.arange(3900, 4100)[None]
+    expected = rotary(like, positions_1T)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rotary(like, positions_1T)
+    assert all(map(torch.equal, found, expected))
+    angle_Tr = positions_1T[0, :, None].double() * rotary.frequency_r[""].double()
+    assert (expected[0][0, :, :32] - angle_Tr.cos()).abs().max() < 1e-3

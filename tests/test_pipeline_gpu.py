@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,9 @@ def test_copies_both_ways_wait_for_nothing() -> None:
         assert torch.equal(torch.from_numpy(twice), host.int() * 2)
 
 
+@pytest.mark.parametrize("forward", ["auto", "model"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_queueing_a_window_waits_for_nothing(dtype: str, llama: Path) -> None:
+def test_queueing_a_window_waits_for_nothing(dtype: str, forward: str, llama: Path) -> None:
     """Prompts that share beginnings, in packs that carry keys into one another; answers that share their row."""
     draw = random.Random(6)
     stems = [[draw.randrange(3, VOCAB_SIZE) for _ in range(60)] for _ in range(3)]
@@ -64,7 +66,8 @@ def test_queueing_a_window_waits_for_nothing(dtype: str, llama: Path) -> None:
         for _ in range(60)
     ]
     requests = [ScoringRequest((*prompt, *answer), len(prompt)) for prompt, answer in pairs]
-    scorer = Scorer(str(llama), dtype=dtype, device="cuda", max_batch_tokens=128)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"dtype": dtype, "forward": forward}
+    scorer = Scorer(str(llama), device="cuda", max_batch_tokens=128, **options)
     model = scorer.load()
     plan = model.plan(requests)
     first = scorer.score_requests(requests)  # kernels are compiled and memory is reserved
@@ -85,3 +88,13 @@ def test_windows_beside_the_device_give_what_a_cpu_gives(llama: Path) -> None:
         assert one.row == other.row
         assert one.teacher_scores == pytest.approx(other.teacher_scores, abs=1e-4)
     assert threads() == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one(llama: Path) -> None:
+    pairs = [((5, 6, 7, 8), (9, 10)), ((5, 6, 7, 11), (12,))]
+    expected = Scorer(str(llama), dtype="fp32", device="cuda:0").score_tokens(pairs)
+    found = Scorer(str(llama), dtype="fp32", device="cuda:1").score_tokens(pairs)
+    assert torch.cuda.current_device() == 0
+    for score, other in zip(found, expected, strict=True):
+        assert score.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-4)

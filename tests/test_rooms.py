@@ -81,7 +81,7 @@ ROOMS: dict[str, Room] = {
     "cache": room(1, "types ranges fingerprint garbage cache_blocks cache_file", frozenset({"numpy"})),
     "cache_upkeep": room(1, "types cache_blocks cache_file"),
     "attention/": room(
-        2, "types ranges attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
+        2, "types ranges transfer attention/", frozenset({"numpy", "torch", "flash_attn", "flash_attn_interface"})
     ),
     "gguf_header": room(1, "types"),
     "hub": room(2, "", frozenset({"huggingface_hub"})),
@@ -92,7 +92,7 @@ ROOMS: dict[str, Room] = {
     "pretrained": room(2, "types config error_text model_source weight_files", frozenset({"transformers"})),
     "shards": room(2, "", frozenset({"torch"})),
     "lm_head": room(2, "kernels/ types shards", MODEL),
-    "quantize": room(2, "types shards", MODEL | {"torchao"}),
+    "quantize": room(2, "types error_text shards", MODEL | {"torchao"}),
     "decoder/": room(2, "types attention/ decoder/ quantize shards", MODEL),
     "devices": room(2, "types error_text decoder/", frozenset({"torch"})),
     "budget": room(2, "", frozenset({"torch"})),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastscore.ranges import offsets, ranges
+from fastscore.transfer import to_device
 from fastscore.types import PackedBatch
 
 BLOCK = 64
@@ -69,19 +70,19 @@ def _blocks(pack: PackedBatch, device: torch.device) -> Blocks:
         keys = ranges(runs.start_P, runs.length_P)
         key_bounds = offsets(np.add.reduceat(runs.length_P, runs.offset_S[:-1])).tolist()
         query_bounds = [*pack.query_start_S.tolist(), pack.num_segment_tokens]
-        blocks: Blocks = []
+        positions: list[int] = []
+        rows: list[np.ndarray] = []
         for segment in range(pack.num_segments):
             chain = keys[key_bounds[segment] : key_bounds[segment + 1]]
             first_q, last_q = query_bounds[segment], query_bounds[segment + 1]
             shift = first_q - (len(chain) - (last_q - first_q))  # position 0's row, were it in the pack
             for position in range((first_q - shift) // BLOCK * BLOCK, len(chain), BLOCK):
-                rows = np.arange(position, position + BLOCK) + shift
-                query_rows = np.where((rows >= first_q) & (rows < last_q), rows, no_query)
+                query_rows = np.arange(position, position + BLOCK) + shift
                 key_rows = np.full(position + BLOCK, no_key)
                 key_rows[: len(chain)] = chain[: position + BLOCK]
-                blocks.append(
-                    (position, torch.from_numpy(query_rows).to(device), torch.from_numpy(key_rows).to(device))
-                )
-        pack.memo["blocked"] = blocks
+                positions.append(position)
+                rows += np.where((query_rows >= first_q) & (query_rows < last_q), query_rows, no_query), key_rows
+        split = to_device(torch.from_numpy(np.concatenate(rows)), device).split([len(each) for each in rows])
+        pack.memo["blocked"] = list(zip(positions, split[::2], split[1::2], strict=True))
     made: Blocks = pack.memo["blocked"]
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastscore.ranges import ranges
+from fastscore.transfer import to_device
 from fastscore.types import PackedBatch
 
 
@@ -67,7 +68,7 @@ def _segments(pack: PackedBatch, device: torch.device) -> list[tuple[int, int, t
     """First and last query of each segment, and the rows of its keys."""
     if "reference" not in pack.memo:
         runs, bounds = pack.key_runs, [*pack.query_start_S.tolist(), pack.num_segment_tokens]
-        rows = torch.from_numpy(ranges(runs.start_P, runs.length_P)).to(device)
+        rows = to_device(torch.from_numpy(ranges(runs.start_P, runs.length_P)), device)
         lengths = [
             int(runs.length_P[first:last].sum())
             for first, last in zip(runs.offset_S[:-1], runs.offset_S[1:], strict=True)

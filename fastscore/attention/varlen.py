@@ -15,6 +15,7 @@ import torch
 from fastscore.attention.merge import merge_parts
 from fastscore.attention.split import AttentionParts, Rectangle, last_keys, split_attention
 from fastscore.ranges import Ints, offsets, ranges
+from fastscore.transfer import to_device
 from fastscore.types import PackedBatch
 
 MIN_RECTANGLE_KEYS = 256
@@ -151,10 +152,10 @@ def _call(
     query_rows: Ints | None, key_rows: Ints | None, bounds_q: Ints, bounds_k: Ints, causal: bool, device: torch.device
 ) -> VarlenCall:
     return VarlenCall(
-        None if query_rows is None else torch.from_numpy(query_rows).to(device),
-        None if key_rows is None else torch.from_numpy(key_rows).to(device),
-        torch.from_numpy(bounds_q.astype(np.int32)).to(device),
-        torch.from_numpy(bounds_k.astype(np.int32)).to(device),
+        None if query_rows is None else to_device(torch.from_numpy(query_rows), device),
+        None if key_rows is None else to_device(torch.from_numpy(key_rows), device),
+        to_device(torch.from_numpy(bounds_q.astype(np.int32)), device),
+        to_device(torch.from_numpy(bounds_k.astype(np.int32)), device),
         int(np.diff(bounds_q).max()),
         int(np.diff(bounds_k).max()),
         causal,

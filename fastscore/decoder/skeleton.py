@@ -57,8 +57,8 @@ class Rotary(torch.nn.Module):
         self, like: torch.Tensor, position_ids_1T: torch.Tensor, name: str = ""
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[1, T, 2r]`` in the dtype of ``like``."""
-        frequency_1r1 = self.frequency_r[name].float()[None, :, None]
-        angle_1Tr = (frequency_1r1 @ position_ids_1T[:, None, :].float()).transpose(1, 2)
+        # Not as a matrix product, which autocast and TF32 would round: angles of distant positions would be any angle.
+        angle_1Tr = position_ids_1T[:, :, None].float() * self.frequency_r[name].float()
         angle_1Ts = torch.cat([angle_1Tr, angle_1Tr], dim=-1)
         scaling = self.scaling[name]
         return (angle_1Ts.cos() * scaling).to(like.dtype), (angle_1Ts.sin() * scaling).to(like.dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ class Comparison:
     settings: dict[str, dict[str, Any]]
     peak_bytes: dict[str, int]
     """GPU memory beyond the weights, per contender; empty on a CPU."""
+    failed: dict[str, str]
+    """Why a peer gave no scores to compare: it ran out of memory, or some were no numbers."""
 
     @property
     def gemm_rate(self) -> float:
@@ -97,6 +101,8 @@ class Comparison:
         found: dict[str, dict[str, Any]] = {}
         for name in self.settings:
             entry = found[name] = {"settings": self.settings[name]}
+            if name in self.failed:
+                entry["failed"] = self.failed[name]
             if name in self.differences:
                 entry["difference_from_fastscore"] = asdict(self.differences[name])
             if name in self.computed:
@@ -129,7 +135,7 @@ def compare(
     """Run everyone once for their scores, then those that agree by turns for their times.
 
     Args:
-        contenders: fastscore first.
+        contenders: fastscore first. A peer that runs out of a GPU's memory takes no further part.
         pairs: what everyone scores.
         rounds: timed rounds after the first run, which is not timed.
         plain: the weights in plain transformers, for the limit.
@@ -141,13 +147,25 @@ def compare(
     dtype = dtype_name(model.dtype)
     peaks: dict[str, int] = {}
     computed: dict[str, Computed] = {}
+    failed: dict[str, str] = {}
     for each in contenders:
-        _score(each, pairs, peaks if model.device.type == "cuda" else None)
+        try:
+            _score(each, pairs, peaks if model.device.type == "cuda" else None)
+        except torch.OutOfMemoryError:
+            if each is ours:
+                raise
+            failed[each.name] = "out of memory"
+            continue
+        if not (each.scores_nothing or all(map(math.isfinite, chain.from_iterable(each.scores)))):
+            failed[each.name] = "scores that are no numbers"
         if (count := each.computed(pairs)) is not None:
             computed[each.name] = count
-    peers = [each for each in contenders[1:] if not each.scores_nothing]
+    if OURS in failed:
+        raise RuntimeError(f"fastscore: {failed[OURS]}")
+    running = [each for each in contenders if each.name not in failed]
+    peers = [each for each in running[1:] if not each.scores_nothing]
     differences = {each.name: difference(each.scores, ours.scores, sums_only=each.sums_only) for each in peers}
-    timed = [each for each in contenders if each.name not in differences or differences[each.name].agrees(dtype)]
+    timed = [each for each in running if each.name not in differences or differences[each.name].agrees(dtype)]
 
     gemms = layer_gemms(plain, model.max_batch_tokens, gemm_repeats)
     for run in gemms.runs.values():
@@ -169,6 +187,7 @@ def compare(
         computed=computed,
         settings={each.name: each.settings() for each in contenders},
         peak_bytes=peaks,
+        failed=failed,
     )
 
 
@@ -184,7 +203,9 @@ def difference(scores: TokenLogprobs, others: TokenLogprobs, *, sums_only: bool 
 
 
 def time_cells(values: Mapping[str, Any]) -> list[str]:
-    """Median seconds, tokens per second and ratio of a contender; of one that disagrees, that."""
+    """Median seconds, tokens per second and ratio of a contender; of one that disagrees or failed, that."""
+    if "failed" in values:
+        return [f"FAILED: {values['failed']}", "", ""]
     if "median_seconds" not in values:
         return ["DISAGREES", "", ""]
     return [

@@ -73,6 +73,15 @@ class CudaTimer(HostTimer):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run(0)  # Libraries make their handles and workspaces on a stream's first call.
+            try:
+                # A capture that fails leaves PyTorch before 2.12 unable to give memory back: it is not begun.
+                torch.cuda.set_sync_debug_mode("error")
+                run(0)
+            except RuntimeError as error:
+                print(f"waits for the device, timed as queued calls only: {error}", flush=True)
+                return None
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:

@@ -6,7 +6,9 @@ Then the answer-NLL kernel alone, by ``gpu_kernel.py``, in what is left of the t
 
 Weights are random (nothing is downloaded) and token ids, too: the time of a dense model does not depend on them. Every
 cell, a model with passages and answers of some lengths, is checked for agreement first and then timed by turns; the
-limit is the rate of the model's own matrix products, measured in the same rounds. Results are written after every cell.
+limit is the rate of the model's own matrix products, measured in the same rounds. Results are written after every cell,
+and a cell that fails does not keep the others from being measured. Away from its history, a checkout is told its commit
+by FASTSCORE_COMMIT.
 ``--tiny`` runs the same with toy models anywhere. fastscore need not be installed, what it imports must be.
 """
 
@@ -14,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import random
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,7 @@ use_checkout()
 
 import torch  # noqa: E402
 from compare import compare, comparison_table, time_cells  # noqa: E402
-from contenders import FastScore, Padded, PaddedTuned  # noqa: E402
+from contenders import OURS, FastScore, Padded, PaddedTuned  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
 from rounds import table  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -39,6 +43,7 @@ from workload import TokenPair  # noqa: E402
 
 from fastscore import Scorer  # noqa: E402
 from fastscore.devices import DTYPES  # noqa: E402
+from fastscore.error_text import error_text  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -139,14 +144,24 @@ def run_model(name: str, options: argparse.Namespace, device: torch.device) -> I
                 yield cell, {"skipped": "no time left"}
                 continue
             started = time.monotonic()
-            pairs = make_pairs(plain.config.vocab_size, cell, options.tokens, options.questions_per_passage)
-            tuned = tuned or PaddedTuned.picked(plain, pairs)
-            contenders = [FastScore(scorer), Padded(plain), tuned]
-            report = compare(contenders, pairs, options.rounds, plain, gemm_repeats=options.gemm_repeats).report()
+            try:
+                pairs = make_pairs(plain.config.vocab_size, cell, options.tokens, options.questions_per_passage)
+                tuned = tuned or PaddedTuned.picked(plain, pairs)
+                contenders = [FastScore(scorer), Padded(plain), tuned]
+                report = compare(contenders, pairs, options.rounds, plain, gemm_repeats=options.gemm_repeats).report()
+            except Exception as error:  # noqa: BLE001 - time on a GPU is dear: the other cells are measured
+                yield cell, failure(error)
+                continue
             longest = max(longest, time.monotonic() - started)
             print(f"\n{cell.model}, passages of {passage}, answers of {answer}, {len(pairs)} pairs", flush=True)
             print(comparison_table(report), flush=True)
             yield cell, {"pairs": len(pairs), "agrees": not report["disagreeing"], **report}
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The report of a cell that failed; where, is told at once."""
+    traceback.print_exception(error)
+    return {"failed": error_text(error), "agrees": False}
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> str:
@@ -154,8 +169,8 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
     rows = []
     for cell in cells:
         head = [f"{cell['model']} {cell['passage']}+{cell['answer']}"]
-        if "skipped" in cell:
-            rows.append([*head, f"skipped: {cell['skipped']}", *[""] * 7])
+        if why := [f"{how}: {cell[how]}" for how in ("skipped", "failed") if how in cell]:
+            rows.append([*head, *why, *[""] * 7])
             continue
         for name, values in cell["contenders"].items():
             apart, peak = values.get("difference_from_fastscore"), values.get("peak_bytes_beyond_weights")
@@ -173,6 +188,13 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
             )
     columns = ["model passage+answer", "", "median s", "tokens/s", "x fastscore", "efficiency", "GEMM TFLOP/s"]
     return table([*columns, "max diff", "peak GiB"], rows)
+
+
+def provided(cells: Sequence[dict[str, Any]]) -> str:
+    """By what fastscore ran: figures of a fallback are not those of what was meant."""
+    told = [cell["contenders"][OURS]["settings"] for cell in cells if "contenders" in cell]
+    ways = dict.fromkeys(f"{OURS}: attention {each['attention']}, {each['forward']}, {each['mode']}" for each in told)
+    return "\n".join(ways)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -227,13 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     cells: list[dict[str, Any]] = []
     for name in options.models:
-        for cell, report in run_model(name, options, torch.device(options.device)):
-            cells.append({"model": cell.model, "passage": cell.passage, "answer": cell.answer, **report})
-            write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
+        try:
+            for cell, report in run_model(name, options, torch.device(options.device)):
+                cells.append({"model": cell.model, "passage": cell.passage, "answer": cell.answer, **report})
+                write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
+        except Exception as error:  # noqa: BLE001 - as for a cell
+            cells.append({"model": name, "passage": "all", "answer": "all", **failure(error)})
         if options.device != "cpu":
+            gc.collect()  # a scorer and its parts know one another
             torch.cuda.empty_cache()
     kernel_status = run_kernel_bench(options) if options.kernel_seconds else 0
     print(f"\n{one_line(where)}\n{options.dtype}, {options.rounds} rounds by turns")
+    print(provided(cells))
     print(summary(cells))
     return 0 if all(cell.get("agrees", True) for cell in cells) and kernel_status == 0 else 1
 

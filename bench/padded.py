@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -92,16 +93,19 @@ def pick_batch_size(
     """
     left = [size for size in sizes if size <= max(len(pairs), min(sizes))]
     seconds: dict[int, float] = {}
-    score(min(sizes), pairs[: min(sizes)])  # warm-up
+    with suppress(torch.OutOfMemoryError):
+        score(min(sizes), pairs[: min(sizes)])  # warm-up
     for _ in range(2):
         for size in tuple(left):
             try:
                 started = clock()
                 score(size, pairs)
                 seconds[size] = min(seconds.get(size, math.inf), clock() - started)
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 left.remove(size)
+    if not seconds:
+        raise torch.OutOfMemoryError(f"no batch size of {', '.join(map(str, sizes))} fits")
     return min(seconds, key=lambda size: seconds[size]), seconds
 
 

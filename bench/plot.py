@@ -41,7 +41,7 @@ BAR_LABELS = {
     LM_EVAL: "lm-evaluation-harness",
     VLLM: "vLLM, prompt_logprobs",
     VLLM_PREFILL: "vLLM, prefill without scores",
-    LIMIT: "matrix products alone",
+    LIMIT: "useful work at the GEMM rate",
 }
 INK, QUIET, ACCENT, GREY, LIMIT_FILL = "#1f2328", "#59636e", "#0969da", "#aeb6bf", "#eef1f4"
 

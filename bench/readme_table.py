@@ -43,7 +43,7 @@ MEANING = {
     LM_EVAL: "lm-evaluation-harness, batch size picked",
     VLLM: "vLLM, `prompt_logprobs`",
     VLLM_PREFILL: "vLLM, plain prefill without scores",
-    LIMIT: "the model's matrix products alone",
+    LIMIT: "the useful work at the GEMM rate (computed)",
 }
 
 
@@ -77,7 +77,7 @@ def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
         apart = values.get("difference_from_fastscore")
         distance = "" if apart is None else f"{apart['mean']:.2g}" + ("" if apart["per_token"] else " per pair's mean")
         if "median_seconds" not in values:
-            lines.append(f"| {MEANING.get(name, name)} | not timed: its scores differ | | | | {distance} |")
+            lines.append(f"| {MEANING.get(name, name)} | {ratio(values)} | | | | {distance} |")
             continue
         lines.append(
             f"| {MEANING.get(name, name)} | {values['median_seconds']:.1f} | {values['pair_tokens_per_s']:,.0f} | "
@@ -90,7 +90,9 @@ def _against_peers(folder: Path, file: str, report: Mapping[str, Any]) -> str:
         "",
         wrapped(
             '"Of the GEMM rate" is useful work over time and the rate of the model\'s own matrix products, '
-            f"{report['gemm_tflops_per_s'] * 1e3:,.0f} GFLOP/s in this run ([bench/](bench/README.md))."
+            f"{report['gemm_tflops_per_s'] * 1e3:,.0f} GFLOP/s in this run ([bench/](bench/README.md)); it counts the "
+            f"last layer at all tokens, of which fastscore skips a part: {ours['efficiency_without_skippable']:.0%} "
+            "without."
         ),
     ]
     lines += [f"Left out: {name}, {reason}." for name, reason in report["left_out"].items()]
@@ -187,11 +189,13 @@ def gpu(folder: Path) -> str:
     if report is None:
         return "Not yet measured on a GPU."
     setting = report["setting"]
+    told = rounds_told(setting["rounds"], " as multiples of fastscore's time")
     lines = [
         wrapped(
             f"**On a GPU.** `python bench/gpu_end_to_end.py`: random weights in {setting['dtype']}, about "
-            f"{setting['tokens']:,} tokens in each cell; {machine(report['environment'])}. By turns; medians as "
-            f"multiples of fastscore's time, and after them the share of the GEMM rate ({link(GPU)}):"
+            f"{setting['tokens']:,} tokens in each cell; {machine(report['environment'])}. By turns; {told}; after "
+            "them the share of the GEMM rate and the peak of memory beyond the weights. fastscore runs with "
+            f"{' and '.join(_ways(report))} ({link(GPU)}):"
         ),
         "",
         f"| model, passage + answer tokens | {OURS}, seconds | {PADDED} | {TUNED} |",
@@ -199,14 +203,27 @@ def gpu(folder: Path) -> str:
     ]
     for cell in report["cells"]:
         name = f"{cell['model']}, {cell['passage']} + {cell['answer']}"
-        if "skipped" in cell:
-            lines.append(f"| {name} | skipped: {cell['skipped']} | | |")
+        if why := [f"{how}: {cell[how]}" for how in ("skipped", "failed") if how in cell]:
+            lines.append(f"| {name} | {why[0]} | | |")
             continue
         found = cell["contenders"]
-        share = {each: f"{values.get('useful_flop_efficiency', 0):.0%}" for each, values in found.items()}
-        peers = [f"{ratio(found[peer])}, {share[peer]}" for peer in (PADDED, TUNED)]
-        lines.append(f"| {name} | {found[OURS]['median_seconds']:.3f}, {share[OURS]} | {' | '.join(peers)} |")
+        peers = " | ".join(_share(found[peer], ratio(found[peer])) for peer in (PADDED, TUNED))
+        lines.append(f"| {name} | {_share(found[OURS], format(found[OURS]['median_seconds'], '.3f'))} | {peers} |")
     return "\n".join(lines)
+
+
+def _share(values: Mapping[str, Any], time: str) -> str:
+    if "useful_flop_efficiency" not in values:
+        return time
+    peak = values.get("peak_bytes_beyond_weights")
+    memory = "" if peak is None else f", {peak / 2**30:.1f} GiB"
+    return f"{time}, {values['useful_flop_efficiency']:.0%}{memory}"
+
+
+def _ways(report: Mapping[str, Any]) -> list[str]:
+    """Attention and forward pass of fastscore, which may be a fallback's."""
+    told = [cell["contenders"][OURS]["settings"] for cell in report["cells"] if "contenders" in cell]
+    return list(dict.fromkeys(f"attention {each['attention']} in {each['forward']}" for each in told)) or ["nothing"]
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {

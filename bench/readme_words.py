@@ -57,6 +57,8 @@ def amount(task: Mapping[str, Any]) -> str:
 
 def ratio(values: Mapping[str, Any]) -> str:
     """How many times fastscore's time, by medians and, of several rounds, (from, to) by rounds."""
+    if "failed" in values:
+        return f"failed: {values['failed']}"
     if "times_fastscore" not in values:
         return "not timed: its scores differ"
     by_round = values["times_fastscore_by_round"]

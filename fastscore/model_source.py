@@ -12,8 +12,6 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from fastscore.gguf_header import read_gguf_header
 from fastscore.hub import hub_answers
 from fastscore.types import InputError
@@ -47,8 +45,12 @@ class ModelSource:
 
 def cache_folder() -> Path:
     """Where converted models are kept: ``FASTSCORE_CACHE``, or the user's cache directory."""
-    override = os.environ.get("FASTSCORE_CACHE")
-    return Path(override) if override else user_cache_path("fastscore")
+    if override := os.environ.get("FASTSCORE_CACHE"):
+        return Path(override)
+    # Here, so that a checkout runs models in memory (as benchmarks on a GPU machine do) where it is not installed.
+    from platformdirs import user_cache_path
+
+    return user_cache_path("fastscore")
 
 
 def resolve_model(model: str) -> ModelSource:

@@ -195,7 +195,9 @@ def test_spread_sample_covers_the_lengths() -> None:
     assert sorted(spread_sample(pairs, 1000)) == sorted(pairs)
 
 
-def test_the_gpu_benchmark_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_benchmark_runs_tiny(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "gpu.json"
     options = ["--tiny", "--json", str(out), "--rounds", "1", "--gemm-repeats", "2", "--device", "cpu"]
     assert gpu_end_to_end.main([*options, "--questions-per-passage", "4"]) == 0
@@ -209,6 +211,23 @@ def test_the_gpu_benchmark_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert cell["useful_work"]["unique_tokens"] < 0.8 * cell["pair_tokens"]
     assert not out.with_suffix(".kernel.json").exists()
     assert "tiny llama-3.1-8b 64+5" in capsys.readouterr().out.splitlines()[-1]
+
+    # One cell that fails does not take the others, nor a peer that runs out of memory its cell.
+    def fails_at_5(model: Any, pairs: Any, batch_size: int) -> Any:
+        if len(pairs[0][1]) == 5:
+            raise RuntimeError("device fault")
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr("contenders.score_padded", fails_at_5)
+    assert gpu_end_to_end.main([*options, "--models", "qwen3-0.6b", "--passages", "16"]) == 1
+    two, five = json.loads(out.read_text("utf-8"))["cells"]
+    assert two["contenders"]["padded"]["failed"] == "out of memory"
+    assert "median_seconds" in two["contenders"]["padded-tuned"]
+    assert five["failed"] == "RuntimeError: device fault"
+    printed = capsys.readouterr().out
+    assert "FAILED: out of memory" in printed
+    assert "failed: RuntimeError: device fault" in printed.splitlines()[-1]
+    assert "fastscore: attention" in printed
 
     assert gpu_end_to_end.main([*options, "--limit-seconds", "0"]) == 0
     assert {cell["skipped"] for cell in json.loads(out.read_text("utf-8"))["cells"]} == {"no time left"}

@@ -36,6 +36,11 @@ BLOCKS = {name: blocks_of((ROOT / name).read_text(encoding="utf-8")) for name in
 IN_GUIDES = {block.code for name, blocks in BLOCKS.items() if name != "README.md" for block in blocks if block.runs}
 
 
+@pytest.fixture(autouse=True)
+def _models_are_loaded_anew() -> None:
+    """They are not, here: a reader has loaded them before."""
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two scored rows."""

@@ -44,10 +44,12 @@ def test_a_checkout_needs_no_installation(tmp_path: Path) -> None:
         "sys.path = [entry for entry in sys.path if '__editable__' not in entry]\n"
         f"sys.path.append({str(ROOT / 'bench')!r})\n"
         "print(find_spec('fastscore'), find_spec('fastscore_kernels'))\n"
-        "from checkout import use_checkout; use_checkout()\n"
-        "import fastscore.types, fastscore_kernels.answer_nll as module; print(module.__file__)",
+        "sys.modules.update(dict.fromkeys(['platformdirs', 'typer', 'click', 'rich', 'gguf', 'peft', 'pyarrow']))\n"
+        "import gpu_end_to_end; gpu_end_to_end.environment()\n"
+        "import fastscore_kernels.answer_nll as module; print(module.__file__)",
         cwd=tmp_path,
         PYTHONPATH="",
+        FASTSCORE_CACHE=str(tmp_path),
     )
     assert run.returncode == 0, run.stderr
     before, where = run.stdout.splitlines()

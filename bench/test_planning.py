@@ -22,7 +22,7 @@ from fastscore.prefix_tree import PrefixTree, build_prefix_tree
 from fastscore.types import ScoringRequest
 
 BUDGET = 4096
-ROUNDS = 9
+ROUNDS = suite.rounds(9)
 LOADERS = {"qa": qa_queries, "5-shot choices": choice_questions}
 TREE, PACKS, PLAIN_TRIE = "prefix tree", "packs", "trie in plain Python"
 CLOCK = MeasuredRounds()

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _index
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGIQA = ROOT.parent / "shared" / "data" / "logiqa_mc.jsonl"
 NATS_PER_TOKEN = 1e-5
+
+
+OWN_TASKS = Path(lm_eval.tasks.__file__).parent
+load_yaml = _index.load_yaml
+
+
+def read_own_tasks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness reads thousands of task files of its own, ten seconds long, at every command."""
+    monkeypatch.setattr(_index, "load_yaml", _load_once)
+
+
+def _load_once(path: Path, **options: Any) -> Any:
+    return copy.deepcopy(_loaded(path, **options)) if OWN_TASKS in path.parents else load_yaml(path, **options)
+
+
+@cache
+def _loaded(path: Path, **options: Any) -> Any:
+    return load_yaml(path, **options)
 
 
 def hflm(model: Any, **options: Any) -> HFLM:

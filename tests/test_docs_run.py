@@ -23,6 +23,7 @@ from doc_blocks import (
     lines_of,
     why_not_run,
 )
+from harness import read_own_tasks_once
 from test_attention import OPTIONS, inputs, packs_of, shared_requests, truth
 from tiny_models import make_tiny_model
 from transformers.utils.logging import disable_progress_bar
@@ -74,6 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
+    read_own_tasks_once(monkeypatch)
     disable_progress_bar()  # the program's own way works only before transformers is imported, as in a process
     providers = dict(PROVIDERS)
     logger = logging.getLogger("lm_eval")

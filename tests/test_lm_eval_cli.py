@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import lm_eval.utils
 import pytest
-from harness import LOGIQA, ROOT, hflm
+from harness import LOGIQA, ROOT, hflm, read_own_tasks_once
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tiny_models import make_tiny_model
@@ -26,6 +26,7 @@ TASKS = ["examples_choices", "examples_passages"]
 def _as_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """At the top of the checkout, with the harness's log not yet bound to an earlier test's stderr."""
     monkeypatch.chdir(ROOT)
+    read_own_tasks_once(monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(lm_eval.utils, "_LOGGING_CONFIGURED", False)
     logger = logging.getLogger("lm_eval")

@@ -22,7 +22,7 @@ from fastscore.cache_file import SUFFIX
 from fastscore.cache_upkeep import cache_info
 
 DEATHS = 50
-PAIRS = 2000
+PAIRS = 1200
 ANSWER = " the old town"
 ROWS_PER_CALL = 1024
 AT_EVERY_BATCH = {"fastscore.launch:KEEP_SECONDS": 0.0, "fastscore.launch:KEEP_COST": 0.0}

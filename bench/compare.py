@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from workload import TokenPair, lengths
 
 LIMIT = "GEMM limit"
+OUT_OF_MEMORY, NO_NUMBERS = "out of memory", "scores that are no numbers"
 
 MEAN_DIFFERENCE = {"fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
 """How far apart two contenders may be on average over answer tokens, in nats."""
@@ -80,7 +81,8 @@ class Comparison:
     @property
     def disagreeing(self) -> list[str]:
         """Names of those whose scores are not fastscore's."""
-        return [name for name, difference in self.differences.items() if not difference.agrees(self.dtype)]
+        apart = [name for name, difference in self.differences.items() if not difference.agrees(self.dtype)]
+        return apart + [name for name, why in self.failed.items() if why == NO_NUMBERS]
 
     def report(self) -> dict[str, Any]:
         """Plain values, medians and ratios included."""
@@ -154,14 +156,12 @@ def compare(
         except torch.OutOfMemoryError:
             if each is ours:
                 raise
-            failed[each.name] = "out of memory"
+            failed[each.name] = OUT_OF_MEMORY
             continue
-        if not (each.scores_nothing or all(map(math.isfinite, chain.from_iterable(each.scores)))):
-            failed[each.name] = "scores that are no numbers"
+        if not _are_numbers(each):
+            failed[each.name] = NO_NUMBERS
         if (count := each.computed(pairs)) is not None:
             computed[each.name] = count
-    if OURS in failed:
-        raise RuntimeError(f"fastscore: {failed[OURS]}")
     running = [each for each in contenders if each.name not in failed]
     peers = [each for each in running[1:] if not each.scores_nothing]
     differences = {each.name: difference(each.scores, ours.scores, sums_only=each.sums_only) for each in peers}
@@ -173,7 +173,10 @@ def compare(
     runs: dict[str, Callable[[], object]] = {each.name: partial(each.score, pairs) for each in timed}
     seconds = interleave({**runs, **gemms.runs}, rounds)
     for each in peers:
-        if each in timed:
+        if each in timed and not _are_numbers(each):
+            failed[each.name] = NO_NUMBERS
+            del differences[each.name], seconds[each.name]
+        elif each in timed:
             again = difference(each.scores, ours.scores, sums_only=each.sums_only)
             differences[each.name] = max(again, differences[each.name], key=lambda found: found.mean)
     return Comparison(
@@ -245,6 +248,11 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.2f}-{max(values):.2f}"
+
+
+def _are_numbers(contender: Contender) -> bool:
+    """Its scores; fastscore sees to its own."""
+    return contender.scores_nothing or all(map(math.isfinite, chain.from_iterable(contender.scores)))
 
 
 def _score(contender: Contender, pairs: Sequence[TokenPair], peaks: dict[str, int] | None) -> None:

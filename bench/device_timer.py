@@ -78,7 +78,7 @@ class CudaTimer(HostTimer):
                 torch.cuda.set_sync_debug_mode("error")
                 run(0)
             except RuntimeError as error:
-                print(f"waits for the device, timed as queued calls only: {error}", flush=True)
+                print(f"not captured, timed as queued calls only: {error}", flush=True)
                 return None
             finally:
                 torch.cuda.set_sync_debug_mode("default")

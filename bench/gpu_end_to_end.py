@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,11 @@ MIN_PAIRS = 16
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """Tokens of passages and answers; ``all`` of a model that fails as a whole."""
+
     model: str
-    passage: int
-    answer: int
+    passage: int | str
+    answer: int | str
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, tiny: bool) -> PreTrainedModel:
@@ -146,8 +149,10 @@ def run_model(name: str, options: argparse.Namespace, device: torch.device) -> I
             started = time.monotonic()
             try:
                 pairs = make_pairs(plain.config.vocab_size, cell, options.tokens, options.questions_per_passage)
-                tuned = tuned or PaddedTuned.picked(plain, pairs)
-                contenders = [FastScore(scorer), Padded(plain), tuned]
+                contenders = [FastScore(scorer), Padded(plain)]
+                with suppress(torch.OutOfMemoryError):  # of every batch size: it takes no part
+                    tuned = tuned or PaddedTuned.picked(plain, pairs)
+                    contenders.append(tuned)
                 report = compare(contenders, pairs, options.rounds, plain, gemm_repeats=options.gemm_repeats).report()
             except Exception as error:  # noqa: BLE001 - time on a GPU is dear: the other cells are measured
                 yield cell, failure(error)
@@ -248,16 +253,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("tiny", "dtype", "device", "tokens", "questions_per_passage", "rounds", "gemm_repeats")
     }
     cells: list[dict[str, Any]] = []
+
+    def keep(cell: Cell, report: dict[str, Any]) -> None:
+        cells.append({"model": cell.model, "passage": cell.passage, "answer": cell.answer, **report})
+        write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
+
     for name in options.models:
         try:
             for cell, report in run_model(name, options, torch.device(options.device)):
-                cells.append({"model": cell.model, "passage": cell.passage, "answer": cell.answer, **report})
-                write_json(options.json, {"environment": where, "setting": setting, "cells": cells})
+                keep(cell, report)
+            if options.device != "cpu":
+                gc.collect()  # a scorer and its parts know one another
+                torch.cuda.empty_cache()
         except Exception as error:  # noqa: BLE001 - as for a cell
-            cells.append({"model": name, "passage": "all", "answer": "all", **failure(error)})
-        if options.device != "cpu":
-            gc.collect()  # a scorer and its parts know one another
-            torch.cuda.empty_cache()
+            keep(Cell(name, "all", "all"), failure(error))
     kernel_status = run_kernel_bench(options) if options.kernel_seconds else 0
     print(f"\n{one_line(where)}\n{options.dtype}, {options.rounds} rounds by turns")
     print(provided(cells))

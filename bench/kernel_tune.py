@@ -108,7 +108,7 @@ class Tuner:
         times = {(config, choices[config][0]): first[config] for config in computes}
         times |= {key: final[key] for key in entrants}
         best = min(entrants, key=lambda key: final[key].seconds)
-        tried = [_tried(config, splits, timing) for (config, splits), timing in times.items()]
+        tried = [{**_tried(*key, timing), "final": key in entrants} for key, timing in times.items()]
         return {
             "agrees": not wrong,
             **limit,

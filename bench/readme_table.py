@@ -207,7 +207,7 @@ def gpu(folder: Path) -> str:
             lines.append(f"| {name} | {why[0]} | | |")
             continue
         found = cell["contenders"]
-        peers = " | ".join(_share(found[peer], ratio(found[peer])) for peer in (PADDED, TUNED))
+        peers = " | ".join(_share(found[p], ratio(found[p])) if p in found else "" for p in (PADDED, TUNED))
         lines.append(f"| {name} | {_share(found[OURS], format(found[OURS]['median_seconds'], '.3f'))} | {peers} |")
     return "\n".join(lines)
 

@@ -47,9 +47,10 @@ def test_contenders_agree(file: int, results: list[dict[str, Any]]) -> None:
 def test_prefix_sharing(file: int, name: str, results: list[dict[str, Any]], benchmark: BenchmarkFixture) -> None:
     result = results[file]
     values, task = result["contenders"][name], result["workload"]
-    assert result["contenders"][OURS]["tokens_computed"] < result["contenders"][NO_TREE]["tokens_computed"]
     if "seconds" not in values:
         pytest.skip("not timed: test_contenders_agree says why")
+    if "tokens_computed" in result["contenders"][NO_TREE]:
+        assert result["contenders"][OURS]["tokens_computed"] < result["contenders"][NO_TREE]["tokens_computed"]
     CLOCK.rounds = list(values["seconds"])
     benchmark.extra_info.update({key: value for key, value in values.items() if isinstance(value, float | int)})
     if name == OURS and "times_fastscore" in result["contenders"][NO_TREE]:

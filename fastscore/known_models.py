@@ -91,9 +91,9 @@ def place_at(folder: Path) -> Place | None:
     looked = time.time()
     try:
         marks = {str(path): file_mark(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    except OSError:  # loading it says what is wrong
+        key = sha256(json.dumps([FORMAT, _code(), marks]).encode()).hexdigest()[:32]
+    except OSError:  # loading it says what is wrong; or a checkout is changing
         return None
-    key = sha256(json.dumps([FORMAT, _code(), marks]).encode()).hexdigest()[:32]
     settled = all(is_settled(mark, looked) for mark in marks.values())
     return Place(folder, cache_folder() / "known-models" / f"{key}.json", settled)
 

@@ -45,6 +45,8 @@ def quantize_linears(model: PreTrainedModel, how: str) -> None:
     head = model.get_output_embeddings()
     try:
         quantize_(model, config, filter_fn=lambda module, _: isinstance(module, torch.nn.Linear) and module is not head)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise InputError(f"quantize {how}: torchao cannot on {model.device}: {error_text(error)}") from error
     share = _share_in_eight_bits(model, head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -24,8 +25,9 @@ sys.path.append(str(ROOT / "bench"))
 
 import fidelity  # noqa: E402
 import gpu_end_to_end  # noqa: E402
+import readme_table  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
-from padded import pick_batch_size, score_padded, score_padded_tuned  # noqa: E402
+from padded import PairScore, pick_batch_size, score_padded, score_padded_tuned  # noqa: E402
 from rounds import interleave, medians, table  # noqa: E402
 from workload import TokenPair, read_workload, spread_sample  # noqa: E402
 
@@ -218,6 +220,9 @@ def test_the_gpu_benchmark_runs_tiny(
             raise RuntimeError("device fault")
         raise torch.OutOfMemoryError("too large")
 
+    def no_numbers(model: Any, pairs: Any, batch_size: int) -> list[PairScore]:
+        return [PairScore([math.nan] * len(answer), math.nan) for _, answer in pairs]
+
     monkeypatch.setattr("contenders.score_padded", fails_at_5)
     assert gpu_end_to_end.main([*options, "--models", "qwen3-0.6b", "--passages", "16"]) == 1
     two, five = json.loads(out.read_text("utf-8"))["cells"]
@@ -228,6 +233,16 @@ def test_the_gpu_benchmark_runs_tiny(
     assert "FAILED: out of memory" in printed
     assert "failed: RuntimeError: device fault" in printed.splitlines()[-1]
     assert "fastscore: attention" in printed
+
+    told = readme_table.gpu(out.rename(tmp_path / readme_table.GPU).parent)
+    assert "failed: out of memory | 1." in told or "failed: out of memory | 0." in told
+    assert "16 + 5 | failed: RuntimeError: device fault | | |" in told
+    assert "fastscore runs with attention" in " ".join(told.split())
+
+    monkeypatch.setattr("contenders.score_padded", no_numbers)
+    assert gpu_end_to_end.main([*options, "--models", "qwen3-0.6b", "--passages", "16", "--answers", "2"]) == 1
+    [cell] = json.loads(out.read_text("utf-8"))["cells"]
+    assert (cell["agrees"], cell["disagreeing"]) == (False, ["padded"])
 
     assert gpu_end_to_end.main([*options, "--limit-seconds", "0"]) == 0
     assert {cell["skipped"] for cell in json.loads(out.read_text("utf-8"))["cells"]} == {"no time left"}

@@ -29,6 +29,7 @@ from tiny_models import make_tiny_model
 from transformers.utils.logging import disable_progress_bar
 
 from fastscore.attention import PROVIDERS, AttentionNeeds
+from fastscore.model_source import cache_folder
 
 DOCUMENTS = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
 BLOCKS = {name: blocks_of((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS}
@@ -38,8 +39,15 @@ IN_GUIDES = {block.code for name, blocks in BLOCKS.items() if name != "README.md
 
 
 @pytest.fixture(autouse=True)
-def _models_are_loaded_anew() -> None:
-    """They are not, here: a reader has loaded them before."""
+def _models_are_loaded_anew(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not, here: each only the first time, and noted beside nobody else's."""
+    folder = tmp_path_factory.getbasetemp() / "cache of a reader"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "models").is_symlink():
+        (cache_folder() / "models").mkdir(parents=True, exist_ok=True)
+        (folder / "models").symlink_to(cache_folder() / "models")
+    monkeypatch.setenv("FASTSCORE_CACHE", str(folder))
+    monkeypatch.setattr("fastscore.known_models.is_settled", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +72,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A copy of the examples, on a wide terminal; what a document registers is gone after it."""
     shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("*.scored.*", "*.report.html"))
-    # Two rows do what twelve do, in less time: tests/test_examples.py scores the whole.
+    # One row does what twelve do, in less time: tests/test_examples.py scores the whole. A guide may take two of them.
     rows = (EXAMPLES / "qa.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "examples" / "qa.jsonl").write_text("".join(rows[:2]), encoding="utf-8")
+    needed = 2 if "teacher-scores" in request.node.name else 1
+    (tmp_path / "examples" / "qa.jsonl").write_text("".join(rows[:needed]), encoding="utf-8")
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

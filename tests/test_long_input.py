@@ -15,7 +15,7 @@ TOKENS_EACH = 200
 SCRIPT = """
 import json, random, resource, sys, time, tracemalloc
 import torch
-from fastscore import Scorer, scorer as room, windows
+from fastscore import Scorer, row_stream as room, windows
 from fastscore.config import TaskConfig
 from fastscore.types import Row
 

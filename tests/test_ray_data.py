@@ -128,7 +128,8 @@ def test_a_program_on_a_cluster_is_killed_and_goes_on(model: Path, open_scorer: 
     inputs = write_rows(tmp_path / "rows.jsonl", data)
     cache, meta = (output.with_name(f"out.jsonl.{end}") for end in ("cache.sqlite", "meta.json"))
     command = [sys.executable, "-m", "fastscore", "score", str(inputs), "-o", str(output), "--model", str(model), "-q"]
-    command += ["--dtype", "fp32", "--window-tokens", "4000", "--deterministic", "--engine", "ray"]
+    command += ["--dtype", "fp32", "--window-tokens", "4000", "--deterministic"]
+    command += ["--engine", "ray", "--num-workers", "1"]
     somewhere = environment(RAY_ADDRESS=ray.get_runtime_context().gcs_address)
     with subprocess.Popen(command, env=somewhere, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as killed:
         try:

@@ -185,7 +185,7 @@ def test_a_cache_that_outgrows_the_disk(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", kilobytes=400) as folder:
+    with small_disk(tmp_path / "disk", kilobytes=300) as folder:
         yield folder
 
 

@@ -18,6 +18,7 @@ from many_processes import ended, environment, make_rows, ranks, read_scores, ru
 from tiny_models import make_tiny_model
 
 from fastscore import InputError, Scorer
+from fastscore.cache_upkeep import cache_info
 from fastscore.cli import main
 
 ROWS = make_rows(12)
@@ -121,6 +122,7 @@ def test_three_give_deterministic_scores_in_any_order_that_one_does_not_take_for
     found = run_ranks(3, "score", turned, *arguments, "--window-tokens", "300", "-o", tmp_path / "turned.out.jsonl")
     assert [status for status, _ in found] == [0, 0, 0], found
     assert read_scores(output) == read_scores(tmp_path / "turned.out.jsonl")[::-1]
+    assert cache_info(output.with_name("out.jsonl.cache.sqlite")).entries == meta["stats"]["pairs"]
     alone = [word for word in arguments if word != "--tensor-parallel"]
     with pytest.raises(SystemExit) as ended:
         main(["score", str(rows), *alone, "-o", str(output)])

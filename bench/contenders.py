@@ -92,10 +92,9 @@ class FastScore(Contender):
 
     def without_tree(self) -> FastScore:
         """A second contender around the same weights that computes every request by itself."""
-        model = self.scorer.load()
-        scorer = Scorer.from_model(
-            model.model, self.scorer.tokenizer, share_prefixes=False, max_batch_tokens=model.max_batch_tokens
-        )
+        model = self.scorer.hugging_face_model()  # loaded again, where it was recalled without its code
+        budget = self.scorer.load().max_batch_tokens
+        scorer = Scorer.from_model(model, self.scorer.tokenizer, share_prefixes=False, max_batch_tokens=budget)
         return FastScore(scorer, NO_TREE)
 
 

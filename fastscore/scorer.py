@@ -150,6 +150,8 @@ class Scorer:
         Raises:
             ValueError: a bad argument, or (as ``InputError``) a model whose LM head is of an unknown kind.
         """
+        if not hasattr(model, "get_output_embeddings"):
+            raise InputError("from_model takes a model of transformers: Scorer.hugging_face_model(), not load().model")
         name = model.config.name_or_path or type(model).__name__
         scorer = cls.__new__(cls)
         scorer.config = ScorerConfig(
@@ -259,8 +261,7 @@ class Scorer:
         config = TaskConfig(
             task, template, answers, combine, seed, key_max_length, chat_template, system_prompt, max_length, score
         )
-        numbered = (Row(dict(row), line=line) for line, row in enumerate(rows, start=1))
-        stream = self.stream_rows(numbered, config)
+        stream = self.stream_rows((Row(dict(row), line=line) for line, row in enumerate(rows, start=1)), config)
         return [output_row(scored.row, config, scored.teacher_scores, scored.teacher_raw) for scored in stream]
 
     def stream_rows(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from truth import alone
 
 from fastscore import Scorer
+from fastscore.decoder.skeleton import Skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
@@ -26,6 +27,8 @@ sys.path.append(str(ROOT / "bench"))
 import fidelity  # noqa: E402
 import gpu_end_to_end  # noqa: E402
 import readme_table  # noqa: E402
+from compare import difference  # noqa: E402
+from contenders import FastScore  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
 from padded import PairScore, pick_batch_size, score_padded, score_padded_tuned  # noqa: E402
 from rounds import interleave, medians, table  # noqa: E402
@@ -115,6 +118,21 @@ def test_one_model_serves_several_scorers_and_text(llama: Path) -> None:
     texts = [("Question: where does the river run", " the old town"), ("1990 people", " in 42 houses")]
     for score, same in zip(scorer.score(texts), by_path.score(texts), strict=True):
         assert score.token_logprobs == pytest.approx(same.token_logprobs, abs=1e-6)
+
+
+def test_a_model_that_was_loaded_before_has_a_second_contender(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr("fastscore.known_models.is_settled", lambda *_: True)
+    pairs = random_pairs(5, count=6)
+    for is_recalled in (False, True):
+        ours = FastScore(Scorer(str(llama), dtype="fp32", device="cpu"))
+        assert isinstance(ours.scorer.load().model, Skeleton) == is_recalled
+        other = ours.without_tree()
+        for contender in (ours, other):
+            contender.score(pairs)
+        assert difference(other.scores, ours.scores).max < 1e-5
 
 
 def test_contenders_take_turns_and_the_table_lines_up() -> None:

@@ -23,7 +23,7 @@ from fastscore import Scorer, fingerprint, known_models, recall
 from fastscore.config import ScorerConfig
 from fastscore.decoder.skeleton import Skeleton
 from fastscore.model_source import resolve_model
-from fastscore.types import AnswerScore
+from fastscore.types import AnswerScore, InputError
 
 NOTED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"]
 SCALED_EMBEDDINGS = ["gemma", "gemma2", "gemma3_text"]
@@ -164,6 +164,9 @@ def test_the_hugging_face_model_is_there_for_who_needs_it(tmp_path: Path) -> Non
         assert isinstance(model, LlamaForCausalLM)
         assert scorer.load().model is model
         assert scores_of(scorer) == scores_of(whole)
+    recalled: Any = scorer_of(folder).load().model
+    with pytest.raises(InputError, match=r"hugging_face_model\(\), not load\(\)\.model"):
+        Scorer.from_model(recalled, whole.tokenizer)
 
 
 def test_transformers_code_for_models_is_not_imported(tmp_path: Path) -> None:

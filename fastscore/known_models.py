@@ -137,11 +137,9 @@ def write_notes(known: KnownModel, device: torch.device, dtype: torch.dtype, not
 @lru_cache
 def _code() -> list[Any]:
     """What takes part in loading. fastscore's own files too, since a checkout changes while its version stays."""
-    package = Path(__file__).parent
-    own = [(path, path.stat()) for path in sorted(package.rglob("*.py"))]
     return [
         *(metadata.version(name) for name in ("fastscore", "torch", "transformers", "tokenizers")),
-        *([str(path.relative_to(package)), found.st_size, found.st_mtime_ns] for path, found in own),
+        *([str(path), *file_mark(path)] for path in sorted(Path(__file__).parent.rglob("*.py"))),
     ]
 
 

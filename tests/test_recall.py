@@ -353,7 +353,7 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(tmp_path: Path) -> N
 
 def test_notes_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = loaded_before(folder := make_tiny_model(tmp_path / "model"))
-    own = os.stat(known_models.__file__)
-    assert ["known_models.py", own.st_size, own.st_mtime_ns] in known_models._code()
+    own = known_models.__file__
+    assert [own, *fingerprint.file_mark(Path(own))] in known_models._code()
     monkeypatch.setattr(known_models, "_code", lambda: ["other"])
     assert loaded_before(folder) == truth

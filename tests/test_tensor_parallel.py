@@ -18,7 +18,6 @@ from many_processes import ended, environment, make_rows, ranks, read_scores, ru
 from tiny_models import make_tiny_model
 
 from fastscore import InputError, Scorer
-from fastscore.cache_upkeep import cache_info
 from fastscore.cli import main
 
 ROWS = make_rows(12)
@@ -106,7 +105,7 @@ def test_families_split_over_two_processes_against_unpadded_ones_in_one(tmp_path
 
 
 @pytest.mark.slow
-def test_three_give_deterministic_scores_in_any_order_that_one_does_not_take_for_its_own(tmp_path: Path) -> None:
+def test_three_give_deterministic_scores_in_any_order_and_a_cache_knows_them(tmp_path: Path) -> None:
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     model = make_tiny_model(tmp_path / "three", "llama", **heads)
     rows, output = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
@@ -122,7 +121,12 @@ def test_three_give_deterministic_scores_in_any_order_that_one_does_not_take_for
     found = run_ranks(3, "score", turned, *arguments, "--window-tokens", "300", "-o", tmp_path / "turned.out.jsonl")
     assert [status for status, _ in found] == [0, 0, 0], found
     assert read_scores(output) == read_scores(tmp_path / "turned.out.jsonl")[::-1]
-    assert cache_info(output.with_name("out.jsonl.cache.sqlite")).entries == meta["stats"]["pairs"]
+    before = output.read_bytes()
+    found = run_ranks(3, "score", rows, *arguments, "-o", output)
+    assert {status for status, _ in found} == {0}, found
+    stats = json.loads(output.with_name("out.jsonl.meta.json").read_text())["stats"]
+    assert stats["cached"] == meta["stats"]["pairs"]
+    assert output.read_bytes() == before
     alone = [word for word in arguments if word != "--tensor-parallel"]
     with pytest.raises(SystemExit) as ended:
         main(["score", str(rows), *alone, "-o", str(output)])

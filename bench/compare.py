@@ -246,6 +246,17 @@ def comparison_table(report: Mapping[str, Any]) -> str:
     return text + ("\n* of the pairs' means" if "*" in text else "")
 
 
+def why_not_measured(cell: Mapping[str, Any]) -> str:
+    """Of a cell among many that was skipped or failed, that; else ""."""
+    return next((f"{how}: {cell[how]}" for how in ("skipped", "failed") if how in cell), "")
+
+
+def ways(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What fastscore ran with in them: figures of a fallback are not those of what was meant."""
+    told = [cell["contenders"][OURS]["settings"] for cell in cells if "contenders" in cell]
+    return list(dict.fromkeys(f"attention {each['attention']}, {each['forward']}, {each['mode']}" for each in told))
+
+
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.2f}-{max(values):.2f}"
 

@@ -33,7 +33,7 @@ from checkout import use_checkout
 use_checkout()
 
 import torch  # noqa: E402
-from compare import compare, comparison_table, time_cells  # noqa: E402
+from compare import compare, comparison_table, time_cells, ways, why_not_measured  # noqa: E402
 from contenders import OURS, FastScore, Padded, PaddedTuned  # noqa: E402
 from environment import environment, one_line, write_json  # noqa: E402
 from rounds import table  # noqa: E402
@@ -174,8 +174,8 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
     rows = []
     for cell in cells:
         head = [f"{cell['model']} {cell['passage']}+{cell['answer']}"]
-        if why := [f"{how}: {cell[how]}" for how in ("skipped", "failed") if how in cell]:
-            rows.append([*head, *why, *[""] * 7])
+        if why := why_not_measured(cell):
+            rows.append([*head, why, *[""] * 7])
             continue
         for name, values in cell["contenders"].items():
             apart, peak = values.get("difference_from_fastscore"), values.get("peak_bytes_beyond_weights")
@@ -193,13 +193,6 @@ def summary(cells: Sequence[dict[str, Any]]) -> str:
             )
     columns = ["model passage+answer", "", "median s", "tokens/s", "x fastscore", "efficiency", "GEMM TFLOP/s"]
     return table([*columns, "max diff", "peak GiB"], rows)
-
-
-def provided(cells: Sequence[dict[str, Any]]) -> str:
-    """By what fastscore ran: figures of a fallback are not those of what was meant."""
-    told = [cell["contenders"][OURS]["settings"] for cell in cells if "contenders" in cell]
-    ways = dict.fromkeys(f"{OURS}: attention {each['attention']}, {each['forward']}, {each['mode']}" for each in told)
-    return "\n".join(ways)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -269,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep(Cell(name, "all", "all"), failure(error))
     kernel_status = run_kernel_bench(options) if options.kernel_seconds else 0
     print(f"\n{one_line(where)}\n{options.dtype}, {options.rounds} rounds by turns")
-    print(provided(cells))
+    print(*(f"{OURS}: {way}" for way in ways(cells)), sep="\n")
     print(summary(cells))
     return 0 if all(cell.get("agrees", True) for cell in cells) and kernel_status == 0 else 1
 

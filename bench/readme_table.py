@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import LIMIT
+from compare import LIMIT, ways, why_not_measured
 from contenders import NO_TREE, OURS, PADDED, TUNED
 from end_to_end import PEERS
 from environment import ROOT
@@ -195,7 +195,7 @@ def gpu(folder: Path) -> str:
             f"**On a GPU.** `python bench/gpu_end_to_end.py`: random weights in {setting['dtype']}, about "
             f"{setting['tokens']:,} tokens in each cell; {machine(report['environment'])}. By turns; {told}; after "
             "them the share of the GEMM rate and the peak of memory beyond the weights. fastscore runs with "
-            f"{' and '.join(_ways(report))} ({link(GPU)}):"
+            f"{' and '.join(ways(report['cells']))} ({link(GPU)}):"
         ),
         "",
         f"| model, passage + answer tokens | {OURS}, seconds | {PADDED} | {TUNED} |",
@@ -203,8 +203,8 @@ def gpu(folder: Path) -> str:
     ]
     for cell in report["cells"]:
         name = f"{cell['model']}, {cell['passage']} + {cell['answer']}"
-        if why := [f"{how}: {cell[how]}" for how in ("skipped", "failed") if how in cell]:
-            lines.append(f"| {name} | {why[0]} | | |")
+        if why := why_not_measured(cell):
+            lines.append(f"| {name} | {why} | | |")
             continue
         found = cell["contenders"]
         peers = " | ".join(_share(found[p], ratio(found[p])) if p in found else "" for p in (PADDED, TUNED))
@@ -218,12 +218,6 @@ def _share(values: Mapping[str, Any], time: str) -> str:
     peak = values.get("peak_bytes_beyond_weights")
     memory = "" if peak is None else f", {peak / 2**30:.1f} GiB"
     return f"{time}, {values['useful_flop_efficiency']:.0%}{memory}"
-
-
-def _ways(report: Mapping[str, Any]) -> list[str]:
-    """Attention and forward pass of fastscore, which may be a fallback's."""
-    told = [cell["contenders"][OURS]["settings"] for cell in report["cells"] if "contenders" in cell]
-    return list(dict.fromkeys(f"attention {each['attention']} in {each['forward']}" for each in told)) or ["nothing"]
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
